@@ -1,0 +1,246 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from distill_llm.cli import recipes
+from distill_llm.core.errors import DistillError, Interrupted
+
+if TYPE_CHECKING:
+    from distill_llm.cli.progress import TerminalProgress
+    from distill_llm.evaluation.scorecard import Scorecard
+
+QUICKSTART = ("teacher", "scarce", "ample")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distill a language model step by step: a teacher's rationales, a small student, and a scorecard that says "
+    "whether it was worth it.",
+)
+app.add_typer(recipes.app, name="recipe")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or one that came with the package")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.max_steps=100")
+]
+
+
+@app.command()
+def quickstart(overrides: Overrides = None) -> None:
+    """The whole product in small: a teacher, its rationales, students, controls, a verdict. About four minutes."""
+    cards = []
+    for number, name in enumerate(QUICKSTART, start=1):
+        path = f"recipes/quickstart/{name}.yaml"
+        _console().print(f"\n[bold]{number}/{len(QUICKSTART)}  distill-llm run {path}[/bold]")
+        cards.append(_run(path, overrides or []))
+    for name, (card, folder) in zip(QUICKSTART[1:], cards[1:], strict=True):
+        _console().print(f"\n[bold]The {name} case[/bold]")
+        _show(card, folder)
+    _console().print(
+        "\nOpen the recipes, change them, run them by hand: [bold]distill-llm recipe show "
+        "recipes/quickstart/scarce.yaml[/bold]\nYour own data: [bold]distill-llm run recipes/my-data.yaml[/bold]",
+        highlight=False,
+    )
+
+
+@app.command("generate-rationales")
+def generate_rationales(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice."""
+    from distill_llm.core.files import read_json
+    from distill_llm.pipeline.run import generate_rationales as generate
+    from distill_llm.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    with _progress() as progress:
+        run = generate(loaded, progress=progress)
+    for split, counts in read_json(run.funnel).items():
+        shown = ", ".join(
+            f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:,}"
+            for name, value in counts.items()
+            if value is not None
+        )
+        _console().print(f"{split}: {shown}", highlight=False)
+    _console().print(f"Rationales: {run.rationales('train')}", highlight=False)
+    _next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arm: Annotated[list[str] | None, typer.Option(help="which models to train: student, all, or a name")] = None,
+) -> None:
+    """Stage two: train the student (or its controls). Resumes from the last checkpoint; works under torchrun."""
+    from distill_llm.pipeline.run import train as train_student
+    from distill_llm.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    with _progress() as progress:
+        run = train_student(loaded, arms=arm or ["student"], progress=progress)
+    _console().print(f"Trained: {', '.join(run.trained_arms())}, in {run.models}", highlight=False)
+    _next(f"distill-llm evaluate {run.root}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
+    overrides: Overrides = None,
+) -> None:
+    """Stage three: score every trained model of a run on its test split."""
+    from distill_llm.pipeline.run import evaluate as evaluate_run
+
+    with _progress() as progress:
+        card = evaluate_run(run, overrides=overrides or [], progress=progress)
+    _show(card, Path(run))
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """All stages, with ablations and controls. Resumes at the first that is unfinished."""
+    card, folder = _run(recipe, overrides or [])
+    _show(card, folder)
+
+
+@app.command()
+def tasks() -> None:
+    """The tasks that a recipe may name, with their metric and licence."""
+    from rich.table import Table
+
+    from distill_llm.core.component import kinds
+    from distill_llm.tasks.base import Task
+
+    table = Table("kind", "what it is", "answers", "licence of the data", box=None, pad_edge=False)
+    for kind, task in kinds(Task, "distill_llm.tasks").items():
+        table.add_row(kind, task.title, task.answer, task.licence)
+    _console().print(table)
+
+
+def _run(recipe: str, overrides: Sequence[str]) -> tuple[Scorecard, Path]:
+    from distill_llm.pipeline.run import run as run_recipe
+    from distill_llm.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with _progress() as progress:
+        return run_recipe(loaded, progress=progress), loaded.folder
+
+
+def _show(card: Scorecard, folder: Path) -> None:
+    from distill_llm.evaluation.scorecard import to_comparison_table, to_table
+
+    console = _console()
+    console.print()
+    console.print(to_table(card))
+    if card.comparisons:
+        console.print()
+        console.print(to_comparison_table(card))
+    console.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
+    console.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
+
+
+def _next(command: str) -> None:
+    _console().print(f"Next: [bold]{command}[/bold]", highlight=False)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _console() -> Console:
+    return Console(quiet=not _is_main_process())
+
+
+def _progress() -> TerminalProgress:
+    from distill_llm.cli.progress import TerminalProgress
+
+    return TerminalProgress(_console())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from distill_llm import __version__
+
+        typer.echo(f"distill-llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show it")] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 130 interrupted."""
+    with _terminated_like_interrupted():
+        try:
+            app(standalone_mode=False)
+        except typer.Exit as done:
+            sys.exit(done.exit_code)
+        except (KeyboardInterrupt, Interrupted, typer.Abort) as stopped:
+            _say_error(str(stopped) or "interrupted; what was finished is kept.")
+            Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
+            sys.exit(Interrupted.exit_code)
+        except DistillError as error:
+            _say_error(str(error))
+            sys.exit(error.exit_code)
+        except typer.TyperException as error:  # wrong use
+            _show_usage(error)
+            sys.exit(2)
+    sys.exit(0)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _typed() -> str:
+    return shlex.join(["distill-llm", *sys.argv[1:]])
+
+
+def _say_error(message: str) -> None:
+    if _is_main_process():
+        Console(stderr=True).print(f"[red]error:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
+
+
+def _show_usage(error: Exception) -> None:
+    """What typer says of wrong use: the usage line and the reason."""
+    show = getattr(error, "show", None)
+    if callable(show):
+        show()
+    else:
+        _say_error(str(error))
+
+
+def _plain(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Files that are whole or absent: atomic writes, append-only journals, fingerprints."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill_llm.core.errors import StorageError
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        hint = {
+            errno.ENOSPC: "The disk is full: free some space or choose another run_dir, then type the same command.",
+            errno.EDQUOT: "The disk quota is used up: free some space or choose another run_dir.",
+            errno.EACCES: "Choose a run_dir that you may write to.",
+            errno.EROFS: "The file system is read-only: choose another run_dir.",
+            errno.ENOTDIR: "A file lies where a folder is needed: choose another run_dir.",
+            errno.EEXIST: "A file lies where a folder is needed: choose another run_dir.",
+        }.get(error.errno or 0, "Check the path and type the same command again: finished work is kept.")
+        raise StorageError(f"{path}: cannot write ({error.strerror or error}). {hint}") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends without an error, and vanishes otherwise."""
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with storage(path):
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path}: cannot be read ({error}). Delete it and run the recipe again to make it anew."
+        ) from None
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that change when ``value`` (anything JSON can hold) does."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """16 hexadecimal digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class Journal:
+    """An append-only file of JSON lines, each with a ``key``; what was appended survives a kill.
+
+    A last line that was torn by a kill is cut off when the journal is opened. A torn line anywhere else is an error.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_tail(path)
+        self.entries: dict[str, Mapping[str, Any]] = {entry["key"]: entry for entry in self._read()}
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Writes one entry through to the operating system before it returns."""
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        with storage(self.path), self.path.open("ab") as file:
+            file.write(line.encode())
+        self.entries[entry["key"]] = entry
+
+    def _read(self) -> Iterator[Mapping[str, Any]]:
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            try:
+                entry = json.loads(line)
+                entry["key"]
+            except (ValueError, KeyError, TypeError):
+                raise StorageError(
+                    f"{self.path}:{number}: not a line of a journal: {line[:80]!r}. The file was changed by hand or "
+                    "damaged: delete that line; what it held is asked for again."
+                ) from None
+            yield entry
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """Drops what stands behind the last line end: it was never written whole."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)

@@ -1,0 +1,39 @@
+"""How long work reports what it does; the command line draws it, the library is silent unless asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Named bars that advance, and lines of text above them."""
+
+    def advance(self, name: str, done: float, total: float, note: str = "") -> None:
+        """Bar ``name`` stands at ``done`` of ``total``; it is drawn when first named."""
+
+    def say(self, message: str) -> None:
+        """One line for the reader."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def advance(self, name: str, done: float, total: float, note: str = "") -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+
+SILENT = Silent()
+
+
+def track(items: Iterable[T], name: str, total: int, progress: Progress) -> Iterator[T]:
+    """``items``, with a bar that counts them."""
+    progress.advance(name, 0, total)
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress.advance(name, done, total)

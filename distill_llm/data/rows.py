@@ -1,0 +1,97 @@
+"""Rows: one example and one target each, tokenised once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from distill_llm.core.errors import DataError
+
+if TYPE_CHECKING:
+    from distill_llm.core.example import Example, Target, TeacherAnswer
+    from distill_llm.data.view import StudentView
+    from distill_llm.tasks.base import Task
+
+LabelSource = Literal["gold", "teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``example`` is the example's place in the split; ``label_ids`` end with the end-of-sequence token."""
+
+    example: int
+    target: Target
+    input_ids: Sequence[int]
+    label_ids: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids) + len(self.label_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """The rows of a training split, in example order, with what was cut."""
+
+    rows: tuple[Row, ...]
+    inputs_cut: int
+    targets_cut: int
+
+    def count(self) -> dict[Target, int]:
+        return dict(Counter(row.target for row in self.rows))
+
+
+def target_texts(
+    example: Example, answer: TeacherAnswer | None, target: Target, *, task: Task, label_from: LabelSource
+) -> list[str]:
+    """What the student should write for ``target``: one text a label, one a kept rationale, none where unknown."""
+    label = example.label if label_from == "gold" else answer.label if answer is not None else None
+    rationales = answer.rationales if answer is not None else ()
+    if target == "rationale":
+        return list(rationales)
+    if label is None:
+        return []
+    if target == "label":
+        return [label]
+    return [f"{rationale} {task.answer_sentence(label, example)}" for rationale in rationales]
+
+
+def build_rows(
+    examples: Sequence[Example],
+    answers: Mapping[str, TeacherAnswer],
+    *,
+    task: Task,
+    view: StudentView,
+    targets: Sequence[Target],
+    label_from: LabelSource,
+) -> RowSet:
+    """Raises DataError where a target that the objective wants has no row at all."""
+    found: list[Row] = []
+    inputs_cut = targets_cut = 0
+    for target in targets:
+        owners, texts = [], []
+        for index, example in enumerate(examples):
+            written = target_texts(example, answers.get(example.id), target, task=task, label_from=label_from)
+            owners += [index] * len(written)
+            texts += written
+        if not texts:
+            raise DataError(_nothing_to_learn(target, label_from, len(examples)))
+        inputs, cut = view.inputs([examples[index].input for index in owners], target)
+        inputs_cut += cut
+        labels, cut = view.targets(texts)
+        targets_cut += cut
+        found += [Row(i, target, ids, label) for i, ids, label in zip(owners, inputs, labels, strict=True)]
+    found.sort(key=lambda row: row.example)
+    return RowSet(tuple(found), inputs_cut, targets_cut)
+
+
+def _nothing_to_learn(target: Target, label_from: LabelSource, num_examples: int) -> str:
+    if target == "label":
+        what = f"no {label_from} label"
+        do = "Set label_from: teacher (with a `rationales` section) for unlabelled data, or gold for labelled data."
+    else:
+        what = "no kept rationale" + ("" if target == "rationale" else f" with a {label_from} label")
+        do = "Add a `rationales` section, loosen its `keep` rules, or remove the objective's terms on this target."
+    return f"objective: the target '{target}' has no row: none of the {num_examples} training examples has {what}. {do}"

@@ -1,0 +1,194 @@
+"""Models and tokenizers from the Hub, from a folder, or fresh from a config."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_llm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from distill_llm.models.spec import HubConfig, StudentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with the tokenizer that goes with it."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
+
+
+def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
+    """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
+    if spec.config:
+        return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer)
+    model = load_model(spec.model, spec.revision, where=f"{where}.model")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
+            "Remove `tokenizer` to use the model's own."
+        )
+    if spec.lora is not None:
+        from distill_llm.models.lora import add_lora
+
+        model = add_lora(model, spec.lora)
+    return LoadedModel(model, tokenizer)
+
+
+def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:
+    """The student's tokenizer, with a padding token. ``training_text`` feeds a fresh one, and is not read otherwise."""
+    if not isinstance(spec.tokenizer, str):
+        from distill_llm.models.tokenizer import train_tokenizer
+
+        return train_tokenizer(spec.tokenizer, training_text)
+    if spec.tokenizer:
+        return read_tokenizer(spec.tokenizer, where=f"{where}.tokenizer")
+    return read_tokenizer(spec.model, spec.revision, where=f"{where}.model")
+
+
+def read_tokenizer(source: str, revision: str = "main", *, where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, source, revision, where=where, what="tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_config(source: str, revision: str = "main", *, where: str) -> Any:
+    from transformers import AutoConfig
+
+    return _from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config")
+
+
+def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
+    """A model with a language head, of the family that its config names; an adapter folder loads with its base."""
+    if (Path(source) / "adapter_config.json").is_file():
+        from distill_llm.models.lora import load_with_adapter
+
+        return load_with_adapter(source, where=where)
+    config = read_config(source, revision, where=where)
+    model_class = _auto_class(config)
+    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+
+
+def revision_of(model: Any, asked: str) -> str:
+    """The commit that a Hub model was loaded from, or a fingerprint of a folder's weights."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    folder = Path(model.config.name_or_path)
+    if folder.is_dir():
+        from distill_llm.core.files import file_fingerprint
+
+        return "-".join(file_fingerprint(path) for path in sorted(folder.glob("*.safetensors"))) or asked
+    return asked
+
+
+def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
+    """Parameters of a model, from its config alone."""
+    import torch
+
+    config = read_config(source, revision, where=where)
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(config)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def weight_bytes(folder: str) -> int | None:
+    """Size on disk of a folder's weights, or None where there is no such folder."""
+    found = [path.stat().st_size for path in Path(folder).expanduser().glob("*.safetensors")]
+    return sum(found) or None
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _from_hub(load: Any, source: str, revision: str, *, where: str, what: str, **options: Any) -> Any:
+    if _looks_like_path(source) and not Path(source).expanduser().is_dir():
+        raise ConfigError(
+            f"{where}: there is no folder '{source}'. Expected a Hub id such as google/t5-v1_1-base or an existing "
+            "folder with a Hugging Face model; if another recipe makes it, run that one first."
+        )
+    try:
+        return load(
+            str(Path(source).expanduser()) if _looks_like_path(source) else source, revision=revision, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{where}: cannot load the {what} of '{source}' (revision {revision}): {reason} Check the spelling of the "
+            "Hub id, the network, and `hf auth login` for a gated model, or give a local folder."
+        ) from None
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).is_dir()
+
+
+def _fresh_model(config: HubConfig, tokenizer: Any, where: str) -> Any:
+    """A model with random weights. The vocabulary's size and special tokens come from the tokenizer."""
+    hf_config = _fresh_config(config, tokenizer, where)
+    model = _auto_class(hf_config).from_config(hf_config)
+    if hf_config.model_type == "t5":
+        _spread_relative_bias(model)
+    return model
+
+
+def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    sizes = dict(config)
+    model_type = str(sizes.pop("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+        raise ConfigError(
+            f"{where}.model_type: '{model_type}' is not a model type of transformers."
+            + (f" Did you mean '{near[0]}'?" if near else "")
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    known = [*inspect.signature(config_class).parameters, *config_class.attribute_map]
+    for key in sizes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"{where}.{key}: {config_class.__name__} has no such setting."
+                + (f" Did you mean '{near[0]}'?" if near else "")
+            )
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special["bos_token_id"] = tokenizer.bos_token_id
+    if getattr(config_class(), "is_encoder_decoder", False):
+        special["decoder_start_token_id"] = tokenizer.pad_token_id
+    try:
+        return config_class(**{"vocab_size": len(tokenizer), **special, **sizes})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {config_class.__name__} refuses these settings: {error}") from None
+
+
+def _spread_relative_bias(model: Any) -> None:
+    """Draws T5's relative attention bias from N(0, 1).
+
+    From its own, smaller start it moves too slowly, and small T5s learn or fail by their seed (docs/log.md).
+    """
+    import torch
+
+    for name, weight in model.named_parameters():
+        if "relative_attention_bias" in name:
+            torch.nn.init.normal_(weight)

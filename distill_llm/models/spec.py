@@ -1,0 +1,80 @@
+"""The recipe's side of a student: where its weights, its tokenizer and its adapters come from."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from pydantic import Field, JsonValue, model_validator
+
+from distill_llm.core.component import Component
+from distill_llm.core.example import Target
+
+
+class LoraSpec(Component):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), through peft."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    modules: tuple[str, ...] | Literal["all_linear"] = "all_linear"
+
+
+class FreshTokenizer(Component):
+    """A tokenizer trained on the recipe's own training text; no download."""
+
+    kind: Literal["words", "bytes_bpe"] = Field(
+        default="bytes_bpe", description="words: one token a word and punctuation mark; bytes_bpe: byte-level BPE"
+    )
+    vocab_size: int = Field(default=4096, ge=64)
+
+
+class Prefixes(Component):
+    """What stands before the input, so that one model knows which target is asked of it."""
+
+    label: str = "predict: "
+    rationale: str = "explain: "
+    rationale_then_label: str = "reason: "
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Prefixes:
+        if len({self.label, self.rationale, self.rationale_then_label}) < len(type(self).model_fields):
+            raise ValueError("two targets have the same prefix: the student could not tell them apart")
+        return self
+
+    def of(self, target: Target) -> str:
+        return getattr(self, target)
+
+
+HubConfig: TypeAlias = dict[str, JsonValue]
+"""A Hugging Face model config: open by nature, checked against the config class of its ``model_type``."""
+
+
+class StudentSpec(Component):
+    """A model from the Hub or a folder (`model`), or a fresh one (`config`, with a `model_type`)."""
+
+    model: str = Field(default="", description="Hub id or folder")
+    config: HubConfig = Field(default_factory=dict, description="a fresh model: model_type and its sizes")
+    revision: str = Field(default="main", description="branch, tag or commit on the Hub")
+    tokenizer: str | FreshTokenizer = Field(
+        default="", description="Hub id, folder, or one to be trained; empty: the model's own"
+    )
+    lora: LoraSpec | None = Field(default=None, description="absent: all weights are trained")
+    prefixes: Prefixes = Prefixes()
+    chat: bool = Field(default=False, description="wrap the input in the tokenizer's chat template")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentSpec:
+        if bool(self.model) == bool(self.config):
+            raise ValueError(
+                "give either `model` (a Hub id or folder) or `config` (a fresh model with a model_type), not both or "
+                "neither. To replace one by the other on the command line: student.model=... student.config={}"
+            )
+        if self.config and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` needs a `model_type`, such as t5 or llama")
+        if self.config and self.lora is not None:
+            raise ValueError("`lora` on a fresh model would freeze random weights: remove `lora` or give a `model`")
+        if self.config and self.tokenizer == "":
+            raise ValueError(
+                "a fresh model needs a `tokenizer`: a Hub id, a folder, or one to be trained ({kind: words})"
+            )
+        return self

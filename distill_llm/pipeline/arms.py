@@ -1,0 +1,107 @@
+"""Arms: every model that a recipe trains, the student, its ablations and its controls, each with its own plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.core.example import Target
+from distill_llm.data.rows import Row
+from distill_llm.losses.cross_entropy import CrossEntropy
+from distill_llm.objective import Term, targets_of
+from distill_llm.recipe.recipe import Recipe
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """``evaluate_target`` is what it is asked for on validation and test."""
+
+    name: str
+    role: Literal["student", "control"]
+    description: str
+    terms: tuple[Term, ...]
+    max_steps: int
+    evaluate_target: Target
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return targets_of(self.terms)
+
+    def rows_of(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row.target in self.targets]
+
+
+def needed_targets(recipe: Recipe) -> tuple[Target, ...]:
+    """Targets that some arm trains on."""
+    controls = (_label_term(),) if recipe.evaluate.controls else ()
+    return targets_of([*recipe.objective, *controls])
+
+
+def plan_arms(
+    recipe: Recipe, rows: Sequence[Row], *, student_parameters: int, teacher_parameters: Mapping[str, int]
+) -> list[Arm]:
+    """The student first, then ablations (objectives with fewer terms), then controls (labels only).
+
+    The control with the same compute gets as many steps as the student's cost pays for, where a row costs
+    6 * student parameters * its tokens, plus 2 * teacher parameters * its tokens for each teacher that is run on it
+    (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
+    """
+    own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
+    steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
+    arms = [Arm(STUDENT, "student", _describe(recipe.objective), recipe.objective, steps, recipe.evaluate.target)]
+    for name, kept in recipe.evaluate.ablations.items():
+        terms = tuple(term for term in recipe.objective if term.name in kept)
+        arms.append(Arm(name, "student", _describe(terms), terms, steps, _asked(recipe, terms)))
+    label = (_label_term(),)
+    for name in recipe.evaluate.controls:
+        factor = 1.0
+        if name == "labels_same_compute":
+            sizes = (student_parameters, teacher_parameters)
+            factor = _row_cost(recipe.objective, rows, *sizes) / _row_cost(label, rows, *sizes)
+        same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
+        arms.append(Arm(name, "control", f"labels only, same {same}", label, max(1, round(steps * factor)), "label"))
+    return arms
+
+
+def choose(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
+    """The named arms; ``all`` names every one."""
+    if "all" in names:
+        return list(arms)
+    known = {arm.name: arm for arm in arms}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--arm {name}: this recipe has no such arm; expected all or one of {sorted(known)}.")
+    return [known[name] for name in names]
+
+
+def _asked(recipe: Recipe, terms: Sequence[Term]) -> Target:
+    targets = targets_of(terms)
+    return recipe.evaluate.target if recipe.evaluate.target in targets else targets[0]
+
+
+def _label_term() -> Term:
+    return Term(name="label", loss=CrossEntropy(), targets=("label",))
+
+
+def _describe(terms: Sequence[Term]) -> str:
+    return " + ".join(term.name.replace("_", " ") for term in terms)
+
+
+def _row_cost(
+    terms: Sequence[Term], rows: Sequence[Row], student_parameters: int, teacher_parameters: Mapping[str, int]
+) -> float:
+    """Mean floating point operations of a row of the arm with these terms."""
+    wanted = targets_of(terms)
+    total, count = 0.0, 0
+    for row in rows:
+        if row.target not in wanted:
+            continue
+        teachers = {term.teacher for term in terms if term.teacher is not None and row.target in term.targets}
+        total += row.num_tokens * (6 * student_parameters + sum(2 * teacher_parameters[name] for name in teachers))
+        count += 1
+    return total / max(count, 1)

@@ -1,0 +1,85 @@
+"""Stage one: the task's examples, and what the teacher says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from distill_llm.core.example import Example, Splits, TeacherAnswer
+from distill_llm.core.files import Journal, write_json
+from distill_llm.core.progress import Progress
+from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.rationales.dataset import RationaleRow, funnel, make_rows, read_rows, save_rows, teacher_answers
+from distill_llm.rationales.generate import complete, make_requests
+from distill_llm.rationales.prompts import make_prompter
+from distill_llm.rationales.spec import RationaleSpec
+from distill_llm.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What training and scoring need: examples, the teacher's answers to train, and to test where it was asked."""
+
+    splits: Splits
+    answers: Mapping[str, TeacherAnswer]
+    test_answers: Mapping[str, TeacherAnswer]
+
+
+def gather(recipe: Recipe, run: RunFolder, progress: Progress) -> Material:
+    """Loads the examples, and completes what the teacher has not answered yet.
+
+    The test split is cut off when the examples are loaded; its completions only score the teacher.
+    """
+    splits = recipe.task.load(recipe.seed)
+    sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
+    dropped = f"; {splits.dropped:,} left out, their input is in another split" if splits.dropped else ""
+    progress.say(f"examples: {sizes}{dropped}")
+    if recipe.rationales is None:
+        return Material(splits, {}, {})
+    wanted = {"train": splits.train}
+    if recipe.evaluate.teacher and not recipe.rationales.teacher.knows_answers:
+        wanted["test"] = splits.test
+    rows = _answered(recipe, recipe.rationales, wanted, run, progress)
+    found = {split: teacher_answers(part) for split, part in rows.items()}
+    return Material(splits, found["train"], found.get("test", {}))
+
+
+def read_material(recipe: Recipe, run: RunFolder) -> Material | None:
+    """What ``gather`` wrote, without asking any teacher; None where it is not there."""
+    splits = recipe.task.load(recipe.seed)
+    if recipe.rationales is None:
+        return Material(splits, {}, {})
+    if not run.rationales("train").exists():
+        return None
+    test = run.rationales("test")
+    return Material(
+        splits,
+        teacher_answers(read_rows(run.rationales("train"))),
+        teacher_answers(read_rows(test)) if test.exists() else {},
+    )
+
+
+def _answered(
+    recipe: Recipe,
+    spec: RationaleSpec,
+    wanted: Mapping[str, Sequence[Example]],
+    run: RunFolder,
+    progress: Progress,
+) -> dict[str, list[RationaleRow]]:
+    prompter = make_prompter(spec.prompt)
+    journal = Journal(run.journal)
+    teacher = spec.teacher.open(task=recipe.task, sampling=spec.sampling, seed=recipe.seed)
+    found, counts = {}, {}
+    for split, examples in wanted.items():
+        requests = make_requests(examples, split, spec, prompter, teacher.identity)
+        waiting = sum(request.key not in journal.entries for request in requests)
+        start = time.monotonic()
+        completions = complete(requests, teacher, journal, progress, f"rationales, {split}")
+        if waiting:
+            run.note_seconds(split, waiting, time.monotonic() - start)
+        found[split] = make_rows(requests, completions, recipe.task, spec.keep)
+        save_rows(run.rationales(split), found[split])
+        counts[split] = funnel(found[split], recipe.task)
+    write_json(run.funnel, counts)
+    return found

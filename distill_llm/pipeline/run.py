@@ -1,0 +1,102 @@
+"""A recipe from end to end: rationales, students, scorecard. Each stage goes on where it was left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.core.progress import SILENT, Progress
+from distill_llm.core.quiet import quiet_libraries
+from distill_llm.pipeline.arms import STUDENT
+from distill_llm.pipeline.rationale_stage import Material, gather, read_material
+from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distill_llm.evaluation.scorecard import Scorecard
+
+
+def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFolder:
+    """Asks the recipe's teacher for rationales and labels, and writes them to the run folder.
+
+    Completions that the folder's journal holds are not asked for again.
+    """
+    _one_process("generate-rationales")
+    quiet_libraries()
+    if recipe.rationales is None:
+        raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
+    run = claim(recipe)
+    gather(recipe, run, progress)
+    return run
+
+
+def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progress = SILENT) -> RunFolder:
+    """Trains the student (or other arms, or ``all``) on rationales that are there already.
+
+    Works in one process and under torchrun. Raises ConfigError where the rationales are missing.
+    """
+    quiet_libraries()
+    run = _claim_once(recipe)
+    material = read_material(recipe, run)
+    if material is None:
+        raise ConfigError(
+            f"{run.root}: the rationales are not there yet. First type: distill-llm generate-rationales RECIPE"
+        )
+    _train(recipe, material, run, arms, progress)
+    return run
+
+
+def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> Scorecard:
+    """Scores every trained model of a run folder on its test split, and writes the scorecard."""
+    from distill_llm.pipeline.score_stage import score
+
+    _one_process("evaluate")
+    quiet_libraries()
+    run, recipe = open_run(run_dir, overrides)
+    material = read_material(recipe, run)
+    if material is None:
+        raise ConfigError(f"{run.root}: the rationales of this run are gone; `distill-llm run` makes them again.")
+    return score(recipe, material, run, progress)
+
+
+def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
+    """All stages: rationales, the student with its ablations and controls, the scorecard. Resumes at the first that is
+    unfinished."""
+    from distill_llm.pipeline.score_stage import score
+
+    _one_process("run")
+    quiet_libraries()
+    folder = claim(recipe)
+    material = gather(recipe, folder, progress)
+    _train(recipe, material, folder, ["all"], progress)
+    return score(recipe, material, folder, progress)
+
+
+def _train(recipe: Recipe, material: Material, run: RunFolder, arms: Sequence[str], progress: Progress) -> None:
+    from distill_llm.pipeline.student_stage import make_plan, train_arms
+
+    plan = make_plan(recipe, material, run)
+    rows = plan.rows
+    counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())
+    cut = f"; cut to fit: {rows.inputs_cut:,} inputs, {rows.targets_cut:,} targets"
+    progress.say(f"rows: {counts}{cut if rows.inputs_cut or rows.targets_cut else ''}")
+    train_arms(recipe, material, plan, run, arms, progress)
+
+
+def _claim_once(recipe: Recipe) -> RunFolder:
+    from distill_llm.training.distributed import main_first
+
+    main_first(lambda: claim(recipe) and None)
+    return RunFolder(recipe.folder)
+
+
+def _one_process(command: str) -> None:
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"`{command}` works in one process. Run it without torchrun; under torchrun use `distill-llm train`, which "
+            "shares each step among all processes."
+        )

@@ -1,0 +1,139 @@
+"""The folder that one recipe fills, and the check that it is filled by one recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.core.files import read_json, storage, write_json, write_text
+from distill_llm.recipe.load import parse_yaml, recipe_from
+from distill_llm.recipe.recipe import Recipe
+
+_FREE = ("evaluate", "run_dir", "train.workers", "train.report_to", "train.keep_checkpoints")
+"""Keys that no finished training depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "rationales" / "journal.jsonl"
+
+    def rationales(self, split: str) -> Path:
+        return self.root / "rationales" / f"{split}.parquet"
+
+    @property
+    def funnel(self) -> Path:
+        return self.root / "rationales" / "funnel.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    def arm(self, name: str) -> Path:
+        return self.models / name
+
+    def model(self, name: str) -> Path:
+        """The arm's finished model: what a user loads, and what another recipe may name as its teacher."""
+        return self.arm(name) / "model"
+
+    def result(self, name: str) -> Path:
+        return self.arm(name) / "result.json"
+
+    def predictions(self, name: str) -> Path:
+        return self.root / "predictions" / f"{name}.jsonl"
+
+    @property
+    def scorecard(self) -> Path:
+        return self.root / "scorecard.json"
+
+    def trained_arms(self) -> list[str]:
+        return sorted(path.parent.name for path in self.models.glob("*/result.json"))
+
+    def note_seconds(self, split: str, asked: int, seconds: float) -> None:
+        """Adds to what was spent on asking the teacher about a split."""
+        path = self.root / "rationales" / "spent.json"
+        spent: dict[str, Any] = read_json(path) if path.exists() else {}
+        before = spent.get(split, {"completions": 0, "seconds": 0.0})
+        spent[split] = {
+            "completions": before["completions"] + asked,
+            "seconds": round(before["seconds"] + seconds, 3),
+        }
+        write_json(path, spent)
+
+    def completions_per_second(self, split: str) -> float | None:
+        path = self.root / "rationales" / "spent.json"
+        spent = read_json(path).get(split) if path.exists() else None
+        return spent["completions"] / spent["seconds"] if spent and spent["seconds"] > 0 else None
+
+
+def claim(recipe: Recipe) -> RunFolder:
+    """The recipe's run folder, made or found again.
+
+    Raises ConfigError where it holds something else, or models that were trained with other settings.
+    """
+    run = RunFolder(recipe.folder)
+    with storage(run.root):
+        exists = run.root.exists() and any(run.root.iterdir())
+    if exists and not run.recipe.exists():
+        raise ConfigError(
+            f"run_dir: {run.root} exists, is not empty, and is not a run folder. Choose another: run_dir=runs/my-run."
+        )
+    if exists:
+        _refuse_another(recipe, run)
+    write_text(run.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return run
+
+
+def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, Recipe]:
+    """A run folder that exists, with its recipe; ``overrides`` may change how it is evaluated."""
+    run = RunFolder(Path(folder).expanduser())
+    if not run.recipe.is_file():
+        raise ConfigError(f"{folder}: not a run folder: there is no {run.recipe.name} in it. Expected runs/<name>.")
+    data = parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    for override in overrides:
+        if not override.startswith("evaluate."):
+            raise ConfigError(f"override '{override}': a finished run only takes overrides of evaluate.*")
+    return run, recipe_from(data, [f"run_dir={run.root}", *overrides], source=str(run.recipe))
+
+
+def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
+    before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
+    now = dict(_flat(recipe.model_dump(mode="json")))
+    changed = sorted(
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(_FREE)
+    )
+    begun = run.models.exists() and any(run.models.iterdir())
+    if not begun:  # completions are found by their own keys, so that only the name and the task must agree
+        changed = [key for key in changed if key.split(".")[0] in ("name", "task")]
+    if changed:
+        shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:8])
+        more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise ConfigError(
+            f"run_dir: {run.root} was filled by another recipe:\n{shown}{more}\nChoose another folder "
+            f"(run_dir=runs/another), or delete this one to start anew."
+        )
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        yield path, value
+        return
+    for key, inner in items:
+        yield from _flat(inner, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,131 @@
+"""One trial: one arm trained with one learning rate, in this process or in a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_llm.core.files import read_json, write_json
+from distill_llm.data.view import StudentView
+from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
+from distill_llm.objective import Objective
+from distill_llm.pipeline.arms import Arm
+from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.base import StudentFacts
+
+if TYPE_CHECKING:
+    from distill_llm.core.example import Example
+    from distill_llm.core.progress import Progress
+    from distill_llm.data.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """All that a training needs; travels to a worker as it is."""
+
+    arm: Arm
+    learning_rate: float
+    recipe: Recipe
+    rows: Sequence[Row]
+    validation: Sequence[Example]
+    tokenizer: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        tuned = f", rate {self.learning_rate:g}" if self.recipe.train.tune else ""
+        return f"{self.arm.name.replace('_', ' ')}{tuned}"
+
+
+def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> StudentView:
+    return StudentView(
+        tokenizer=tokenizer,
+        is_encoder_decoder=is_encoder_decoder,
+        prefixes=recipe.student.prefixes,
+        chat=recipe.student.chat,
+        max_input_tokens=recipe.train.max_input_tokens,
+        max_target_tokens=recipe.train.max_target_tokens,
+    )
+
+
+def max_new_tokens(recipe: Recipe) -> int:
+    return recipe.evaluate.max_new_tokens or recipe.train.max_target_tokens
+
+
+def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Trains, or gives what an earlier training came to. Raises Interrupted after a signal."""
+    from transformers import set_seed
+
+    from distill_llm.models.generate import default_device
+    from distill_llm.training.arguments import is_main_process
+    from distill_llm.training.train import describe, train
+
+    done = trial.folder / "trained.json"
+    if done.exists():
+        return read_json(done)
+    recipe = trial.recipe
+    set_seed(recipe.seed)
+    student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
+    student.model.to(default_device())
+    trained = train(
+        student,
+        trial.rows,
+        spec=recipe.train.model_copy(update={"learning_rate": trial.learning_rate}),
+        max_steps=trial.arm.max_steps,
+        scheme=recipe.scheme,
+        objective=Objective(trial.arm.terms),
+        teachers=_open_teachers(trial, student),
+        validate=_validator(trial, student),
+        folder=trial.folder,
+        seed=recipe.seed,
+        progress=progress,
+        name=trial.name,
+        stop_when=stop_when,
+    )
+    result = describe(trained) | {"learning_rate": trial.learning_rate}
+    if is_main_process():
+        write_json(done, result)
+    return result
+
+
+def _open_teachers(trial: Trial, student: LoadedModel) -> dict[str, Any]:
+    wanted = {term.teacher for term in trial.arm.terms if term.teacher is not None}
+    facts = StudentFacts(
+        vocabulary=student.tokenizer.get_vocab(),
+        is_encoder_decoder=student.is_encoder_decoder,
+        vocab_size=student.model.config.vocab_size,
+        device=str(student.model.device),
+    )
+    return {name: trial.recipe.teachers[name].open(facts) for name in sorted(wanted)}
+
+
+def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]]:
+    """The task's accuracy on the validation examples; every rank scores its share."""
+    from distill_llm.core.progress import SILENT
+    from distill_llm.evaluation.predict import predict
+    from distill_llm.training.distributed import my_share, summed
+
+    view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
+
+    def validate(model: Any) -> dict[str, float]:
+        part = my_share([example for example in trial.validation if example.label is not None])
+        right = 0
+        if part:
+            predictions = predict(
+                model,
+                view,
+                part,
+                task=trial.recipe.task,
+                target=trial.arm.evaluate_target,
+                batch_rows=trial.recipe.evaluate.batch_rows,
+                max_new_tokens=max_new_tokens(trial.recipe),
+                progress=SILENT,
+                name="validation",
+            )
+            right = sum(bool(one.correct) for one in predictions.items)
+        right, asked = summed(right, len(part))
+        return {"accuracy": right / max(asked, 1)}
+
+    return validate

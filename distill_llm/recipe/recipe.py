@@ -1,0 +1,85 @@
+"""The recipe: one YAML file for a whole run, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from distill_llm.core.component import Component, any_of
+from distill_llm.data.rows import LabelSource
+from distill_llm.models.spec import StudentSpec
+from distill_llm.objective import Term
+from distill_llm.rationales.spec import RationaleSpec
+from distill_llm.recipe.train import EvaluateSpec, TrainSpec
+from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.tasks.base import Task
+from distill_llm.teachers.base import TensorTeacherSpec
+
+if TYPE_CHECKING:
+    AnyTask: TypeAlias = Task
+    AnyScheme: TypeAlias = Scheme
+    AnyTensorTeacher: TypeAlias = TensorTeacherSpec
+else:
+    AnyTask = any_of(Task, "distill_llm.tasks")
+    AnyScheme = any_of(Scheme, "distill_llm.schemes")
+    AnyTensorTeacher = any_of(TensorTeacherSpec, "distill_llm.teachers")
+
+
+class Recipe(Component):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run")
+    run_dir: str = Field(default="runs/{name}", min_length=1, description="the folder that the run fills")
+    seed: int = Field(default=17, ge=0)
+    task: AnyTask
+    rationales: RationaleSpec | None = Field(default=None, description="absent: labels only, from the data")
+    label_from: LabelSource = Field(default="gold", description="whose labels the student learns")
+    student: StudentSpec
+    teachers: dict[str, AnyTensorTeacher] = Field(default_factory=dict, description="teachers of soft labels, by name")
+    scheme: AnyScheme = StepByStep()
+    objective: tuple[Term, ...] = Field(min_length=1)
+    train: TrainSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir.replace("{name}", self.name)).expanduser()
+
+    @field_validator("objective")
+    @classmethod
+    def _names_differ(cls, objective: tuple[Term, ...]) -> tuple[Term, ...]:
+        names = [term.name for term in objective]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two terms have the same name: {names}")
+        return objective
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        for term in self.objective:
+            if term.teacher is not None and term.teacher not in self.teachers:
+                raise ValueError(
+                    f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(self.teachers)}. "
+                    "Add it under `teachers:`"
+                )
+            if self.rationales is None and set(term.targets) != {"label"}:
+                raise ValueError(
+                    f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
+                    "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
+                )
+        if self.label_from == "teacher" and self.rationales is None:
+            raise ValueError("label_from: teacher needs a `rationales` section: its teacher gives the labels")
+        self._ablations_exist()
+        return self
+
+    def _ablations_exist(self) -> None:
+        names = {term.name for term in self.objective}
+        for ablation, kept in self.evaluate.ablations.items():
+            unknown = set(kept) - names
+            if unknown or not kept:
+                raise ValueError(
+                    f"evaluate.ablations.{ablation}: {sorted(unknown) or 'no terms'}; expected some of the objective's "
+                    f"terms {sorted(names)}"
+                )
+            if ablation in ("student", "labels_same_steps", "labels_same_compute", "teacher"):
+                raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")

@@ -1,0 +1,72 @@
+"""The recipe's training and evaluation sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from distill_llm.core.component import Component
+from distill_llm.core.example import Target
+
+Optimizer = Literal["adamw", "adafactor"]
+
+
+class TrainSpec(Component):
+    """One training. A step sees ``rows_per_step`` rows, however many devices and micro-batches share them."""
+
+    learning_rate: float = Field(
+        default=5e-5, gt=0, description="5e-5 is the paper's; a small fresh T5 with adafactor needs 2e-2"
+    )
+    tune: tuple[float, ...] = Field(
+        default=(), description="learning rates to try for the student and every control; validation picks"
+    )
+    max_steps: int = Field(default=0, ge=0, description="optimiser steps; 0: given by `epochs`")
+    epochs: float = Field(default=0.0, ge=0, description="passes over the rows; 0: given by `max_steps`")
+    rows_per_step: int = Field(default=64, gt=0, description="rows (example and target) of one optimiser step")
+    rows_per_batch: int = Field(default=64, gt=0, description="rows that fit one device at once")
+    optimizer: Optimizer = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_input_tokens: int = Field(default=1024, gt=1)
+    max_target_tokens: int = Field(default=256, gt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    )
+    gradient_checkpointing: bool = False
+    validate_every: int = Field(default=0, ge=0, description="steps between validations; 0: ten times a training")
+    patience: int = Field(default=0, ge=0, description="stop after so many validations without a gain; 0: never")
+    keep_checkpoints: int = Field(default=1, ge=1, description="checkpoints kept for resuming, the best one besides")
+    workers: int = Field(default=1, ge=1, description="trainings side by side, each in a process of one thread")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @model_validator(mode="after")
+    def _steps_add_up(self) -> TrainSpec:
+        if bool(self.max_steps) == bool(self.epochs):
+            raise ValueError("give either `max_steps` or `epochs`, not both or neither (0 is 'not given')")
+        if self.rows_per_step % self.rows_per_batch:
+            raise ValueError(
+                f"rows_per_step ({self.rows_per_step}) must be a multiple of rows_per_batch ({self.rows_per_batch})"
+            )
+        return self
+
+
+Control = Literal["labels_same_steps", "labels_same_compute"]
+
+
+class EvaluateSpec(Component):
+    """What is measured on the test split, and against what."""
+
+    target: Target = Field(default="label", description="which target the student is asked for")
+    batch_rows: int = Field(default=128, gt=0)
+    max_new_tokens: int = Field(default=0, ge=0, description="0: train.max_target_tokens")
+    controls: tuple[Control, ...] = Field(
+        default=("labels_same_steps", "labels_same_compute"), description="trained beside the student by `run`"
+    )
+    ablations: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="further students: a name, and the objective's terms that it keeps"
+    )
+    teacher: bool = Field(default=True, description="ask the rationales' teacher for the test split too, and score it")
+    resamples: int = Field(default=10_000, ge=100, description="of the bootstrap")

@@ -1,0 +1,47 @@
+"""A frozen Hugging Face model that is run beside the student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from distill_llm.core.signals import Batch, Signals, model_inputs, signals_of
+from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FrozenTeacher:
+    def __init__(self, model: nn.Module):
+        self._model: Any = model.eval().requires_grad_(False)
+
+    def signals(self, batch: Batch) -> Signals:
+        import torch
+
+        with torch.no_grad():
+            return signals_of(self._model(**model_inputs(batch)).logits, batch)
+
+
+class Frozen(TensorTeacherSpec):
+    """Sees the same input as the student, prefix included."""
+
+    kind: Literal["frozen"] = "frozen"
+    model: str = Field(min_length=1, description="Hub id or folder")
+    revision: str = "main"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def open(self, student: StudentFacts) -> TensorTeacher:
+        from distill_llm.models.load import load_model, read_tokenizer
+
+        where = f"teachers: frozen '{self.model}'"
+        vocabulary = read_tokenizer(self.model, self.revision, where=where).get_vocab()
+        model = load_model(self.model, self.revision, where=where, dtype=self.dtype)
+        student.must_share(vocabulary, model.config, where=where)
+        return FrozenTeacher(model.to(student.device))
+
+    def num_parameters(self) -> int:
+        from distill_llm.models.load import count_parameters
+
+        return count_parameters(self.model, self.revision, where=f"teachers: frozen '{self.model}'")

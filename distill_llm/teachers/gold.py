@@ -1,0 +1,45 @@
+"""The data's own rationales as a teacher: human-written, or generated with the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from distill_llm.core.errors import TeacherError
+from distill_llm.teachers.base import Completion, Request, Sampling, TeacherFacts, TextTeacher, TextTeacherSpec
+
+if TYPE_CHECKING:
+    from distill_llm.tasks.base import Task
+
+
+class GoldTeacher:
+    """Completes every request with the example's rationale and the sentence that states its label."""
+
+    identity = "gold"
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+        for request in requests:
+            example = request.example
+            if example.rationale is None or example.label is None:
+                raise TeacherError(
+                    f"rationales.teacher: kind gold gives the data's own rationales, but example '{example.id}' has "
+                    f"no {'rationale' if example.rationale is None else 'label'}. Choose another teacher, or a task "
+                    "with rationales."
+                )
+            sentence = self._task.answer_sentence(example.label, example)
+            yield request, Completion(f"{example.rationale} {sentence}")
+
+
+class Gold(TextTeacherSpec):
+    kind: Literal["gold"] = "gold"
+    knows_answers: ClassVar[bool] = True
+    computes: ClassVar[bool] = False
+
+    def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
+        return GoldTeacher(task)
+
+    def describe(self) -> TeacherFacts:
+        return TeacherFacts("gold")

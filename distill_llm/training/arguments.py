@@ -1,0 +1,88 @@
+"""From the recipe's training section to TrainingArguments and an optimiser."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.optimization import Adafactor
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.recipe.train import TrainSpec
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool) -> TrainingArguments:
+    """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks."""
+    ranks = world_size()
+    if spec.rows_per_step % (spec.rows_per_batch * ranks):
+        raise ConfigError(
+            f"train.rows_per_step: {spec.rows_per_step} rows cannot be shared by {ranks} processes with "
+            f"rows_per_batch {spec.rows_per_batch}. Choose a multiple of {spec.rows_per_batch * ranks}, or a smaller "
+            "rows_per_batch."
+        )
+    every = spec.validate_every or max(1, max_steps // 10)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        per_device_train_batch_size=spec.rows_per_batch,
+        gradient_accumulation_steps=spec.rows_per_step // (spec.rows_per_batch * ranks),
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=spec.warmup_steps,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        bf16=_wants_bfloat16(spec),
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps" if validates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=spec.keep_checkpoints + 1,
+        load_best_model_at_end=validates,
+        metric_for_best_model="eval_accuracy" if validates else None,
+        greater_is_better=True if validates else None,
+        logging_steps=max(1, min(50, every)),
+        logging_nan_inf_filter=False,  # it would hide a NaN loss
+        report_to=list(spec.report_to) or "none",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        log_level="error",
+    )
+
+
+def _wants_bfloat16(spec: TrainSpec) -> bool:
+    if spec.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return spec.precision == "bfloat16"
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW, or Adafactor with per-parameter step sizes (Shazeer & Stern 2018, arXiv:1804.04235), which a small T5
+    from a random start needs."""
+    weights: list[Any] = [weight for weight in model.parameters() if weight.requires_grad]
+    if spec.optimizer == "adafactor":
+        return Adafactor(
+            weights,
+            lr=spec.learning_rate,
+            scale_parameter=True,
+            relative_step=False,
+            warmup_init=False,
+            weight_decay=spec.weight_decay,
+        )
+    return torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=spec.weight_decay)

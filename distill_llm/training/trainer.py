@@ -1,0 +1,118 @@
+"""The one trainer: transformers.Trainer with its loss from scheme and objective, and its validation from the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from distill_llm.core.signals import Batch
+from distill_llm.data.collate import Collator
+from distill_llm.data.rows import Row
+from distill_llm.data.sampler import StepSampler
+from distill_llm.objective import Objective
+from distill_llm.schemes.base import Scheme
+from distill_llm.teachers.base import TensorTeacher
+
+Validate = Callable[[nn.Module], dict[str, float]]
+"""Scores the model as it stands; the key ``accuracy`` decides which checkpoint is best."""
+
+
+class DistillTrainer(Trainer):
+    """Trains a student on rows. All that Trainer does (DDP, bf16, checkpoints, logging) stays as it is.
+
+    ``step_sampler`` gives every micro-batch of the whole training, so ``args.max_steps`` must be its number of steps.
+    """
+
+    loss_is_scaled_for_ga = True  # the objective divides by counts of the whole accumulated batch
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: Sequence[Row],
+        step_sampler: StepSampler,
+        collator: Collator,
+        scheme: Scheme,
+        objective: Objective,
+        teachers: Mapping[str, TensorTeacher] | None = None,
+        validate: Validate | None = None,
+        **options: Any,
+    ):
+        # Several GPUs are used through torchrun; in one process Trainer would fall back to DataParallel.
+        args._n_gpu = min(args.n_gpu, 1)
+        # Trainer insists on an evaluation set; ours is behind ``validate``.
+        data: Any = [] if validate else None
+        super().__init__(model=model, args=args, data_collator=collator, eval_dataset=data, **options)
+        self.remove_callback(PrinterCallback)
+        self.rows, self.step_sampler, self.collator = rows, step_sampler, collator
+        self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
+        self.validate = validate
+        self._means: dict[str, Tensor] = {}
+        self._means_since = 0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            self.rows,  # pyright: ignore[reportArgumentType]  # a sequence is all that DataLoader asks for
+            batch_sampler=self.step_sampler,
+            collate_fn=self.collator,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one step, and each term's tokens in all of them on all ranks."""
+        batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
+        batches = self.scheme.prepare(batches, self.model)
+        return batches, self._counts(batches)
+
+    def _counts(self, batches: Sequence[Batch]) -> Tensor:
+        counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
+        return cast(Tensor, self.accelerator.reduce(counts.to(self.args.device), reduction="sum"))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else self._counts([inputs])
+        losses = []
+        for student, teachers in self.scheme.compare(model, self.teachers, inputs, self.objective):
+            loss, means = self.objective(student, teachers, counts)
+            losses.append(loss)
+            for name, mean in means.items():
+                self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
+        total = torch.stack(losses).sum() * self.accelerator.num_processes  # undoes DDP's mean over ranks
+        return (total, {"loss": total}) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each term's mean since the last training log."""
+        if "loss" in logs and self._means:
+            steps = max(self.state.global_step - self._means_since, 1)
+            summed = cast(Tensor, self.accelerator.reduce(torch.stack(list(self._means.values())), reduction="sum"))
+            for name, value in zip(self._means, (summed / steps).tolist(), strict=True):
+                logs[f"loss_{name}"] = value
+            self._means, self._means_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The task's score on the validation examples."""
+        if self.validate is None:
+            return {}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in self.validate(cast(nn.Module, self.model)).items()
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
