@@ -31,7 +31,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 BOUNDED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test check format schema clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ check: $(VENV)/.installed-dev ## lint, formatting, types, import layers, size ru
 format: $(VENV)/.installed-dev ## fix what lint can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(VENV)/.installed ## write docs/recipe.schema.json, by which editors check recipes
+	$(BIN)/distill-llm recipe schema > docs/recipe.schema.json
 
 clean: ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache

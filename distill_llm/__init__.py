@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_llm.pipeline.run import evaluate, generate_rationales, run, train
+    from distill_llm.pipeline.run import evaluate, generate_rationales, run, student_trainer, train
     from distill_llm.recipe.load import load_recipe
     from distill_llm.training.trainer import DistillTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DistillTrainer", "__version__", "evaluate", "generate_rationales", "load_recipe", "run", "train"]
+__all__ = [
+    "DistillTrainer",
+    "__version__",
+    "evaluate",
+    "generate_rationales",
+    "load_recipe",
+    "run",
+    "student_trainer",
+    "train",
+]
 
 _HOME = {
     "load_recipe": "distill_llm.recipe.load",
@@ -18,6 +27,7 @@ _HOME = {
     "train": "distill_llm.pipeline.run",
     "evaluate": "distill_llm.pipeline.run",
     "run": "distill_llm.pipeline.run",
+    "student_trainer": "distill_llm.pipeline.run",
     "DistillTrainer": "distill_llm.training.trainer",
 }
 

@@ -91,7 +91,7 @@ class Objective:
         self, student: Signals, teachers: Mapping[str, Signals], counts: Int[Tensor, " K"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss, and each term's share of its mean. A teacher's signals may cover only the targets it teaches."""
-        total = student.logits.float().sum() * 0.0  # keeps the graph alive when no term has a token here
+        total = student.logits[:0].float().sum()  # zero: keeps the graph alive when no term has a token here
         means: dict[str, Tensor] = {}
         for term, count in zip(self.terms, counts, strict=True):
             said = student.where(term.owns(student.targets))

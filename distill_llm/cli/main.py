@@ -223,8 +223,9 @@ def _typed() -> str:
 
 
 def _say_error(message: str) -> None:
-    if _is_main_process():
-        Console(stderr=True).print(f"[red]error:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")  # an error of another process may be the only one that says why all stopped
+    process = "" if rank == "0" else f" (process {rank})"
+    Console(stderr=True).print(f"[red]error{process}:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
 
 
 def _show_usage(error: Exception) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 
 from distill_llm.core.errors import StorageError
 
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|iostream error")
+
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
     """Turns an operating system's refusal to write into a StorageError that says what to do."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StorageError):
+    except Exception as error:
+        number = _refusal(error)
+        if number is None or isinstance(error, StorageError):
             raise
         hint = {
             errno.ENOSPC: "The disk is full: free some space or choose another run_dir, then type the same command.",
@@ -29,8 +33,21 @@ def storage(path: Path) -> Iterator[None]:
             errno.EROFS: "The file system is read-only: choose another run_dir.",
             errno.ENOTDIR: "A file lies where a folder is needed: choose another run_dir.",
             errno.EEXIST: "A file lies where a folder is needed: choose another run_dir.",
-        }.get(error.errno or 0, "Check the path and type the same command again: finished work is kept.")
-        raise StorageError(f"{path}: cannot write ({error.strerror or error}). {hint}") from error
+        }.get(number, "Check the path and type the same command again: finished work is kept.")
+        raise StorageError(f"{path}: cannot write ({getattr(error, 'strerror', None) or error}). {hint}") from error
+
+
+def _refusal(error: Exception) -> int | None:
+    """The operating system's error number (0 where it gave none); None where writing was not what failed.
+
+    Libraries that write weights raise errors of their own: safetensors with the number in its text, torch without.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    numbered = re.search(r"\(os error (\d+)\)", str(error))
+    if numbered:
+        return int(numbered[1])
+    return errno.ENOSPC if _TORCH_CANNOT_WRITE.search(str(error)) else None
 
 
 @contextmanager
@@ -74,7 +91,7 @@ def fingerprint(value: Any) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits of a file's content."""
+    """16 hexadecimal digits of a file's content, all of it: weights may differ in the middle alone."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

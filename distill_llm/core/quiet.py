@@ -12,7 +12,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
+        os.environ.setdefault(f"{name}_VERBOSITY", "error")
     for name in ("transformers", "datasets", "accelerate", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,14 +17,17 @@ class StepSampler:
     Examples are shuffled anew each epoch, and the rows of one example stay together: each step has its fair share of
     every target. Epochs follow each other without a gap. Within a step, rows are sorted by target and length before
     they are cut into micro-batches, so that little padding is bought; the step's update does not depend on the cut,
-    because each term is divided by its tokens over the whole step.
+    because each term is divided by its tokens over the whole step. Consecutive micro-batches go to different ranks:
+    they are dealt from the same rows, so that no rank gets all the long ones.
     """
 
-    def __init__(self, rows: Sequence[Row], *, rows_per_step: int, rows_per_batch: int, max_steps: int, seed: int):
-        assert rows_per_step % rows_per_batch == 0
+    def __init__(
+        self, rows: Sequence[Row], *, rows_per_step: int, rows_per_batch: int, max_steps: int, seed: int, ranks: int = 1
+    ):
+        assert rows_per_step % (rows_per_batch * ranks) == 0
         self._rows = rows
         self._rows_per_step, self._rows_per_batch = rows_per_step, rows_per_batch
-        self._max_steps, self._seed = max_steps, seed
+        self._max_steps, self._seed, self._ranks = max_steps, seed, ranks
 
     def __len__(self) -> int:
         return self._max_steps * (self._rows_per_step // self._rows_per_batch)
@@ -33,8 +37,15 @@ class StepSampler:
         for _ in range(self._max_steps):
             step = [next(stream) for _ in range(self._rows_per_step)]
             step.sort(key=self._size)
-            for start in range(0, self._rows_per_step, self._rows_per_batch):
-                yield step[start : start + self._rows_per_batch]
+            together = self._rows_per_batch * self._ranks
+            for start in range(0, self._rows_per_step, together):
+                for rank in range(self._ranks):
+                    yield step[start + rank : start + together : self._ranks]
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens, of inputs and targets, of the rows that the first steps see."""
+        batches = islice(iter(self), step * (self._rows_per_step // self._rows_per_batch))
+        return sum(self._rows[index].num_tokens for batch in batches for index in batch)
 
     def _stream(self) -> Iterator[int]:
         by_example: dict[int, list[int]] = {}

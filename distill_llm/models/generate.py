@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_llm.core.files import fingerprint
+
 
 def default_device() -> str:
     import torch
@@ -45,22 +47,22 @@ class Generator:
             self._options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         if stop:
             self._options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
-        self._seed = seed
+        self._seed, self._batches = seed, 0
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._encode(texts)]
 
-    def write(self, texts: Sequence[str]) -> list[Written]:
-        """One batch of continuations, in order."""
-        return self.write_ids(self._encode(texts))
+    def write(self, texts: Sequence[str], draw: str = "") -> list[Written]:
+        """One batch of continuations, in order. Another ``draw`` gives other samples of the same texts."""
+        return self.write_ids(self._encode(texts), draw)
 
-    def write_ids(self, prompts: Sequence[Sequence[int]]) -> list[Written]:
+    def write_ids(self, prompts: Sequence[Sequence[int]], draw: str = "") -> list[Written]:
         import torch
 
         inputs = self._padded(prompts)
         if self._options["do_sample"]:
-            torch.manual_seed(self._seed)
-            self._seed += 1
+            torch.manual_seed(int(fingerprint([self._seed, self._batches, draw]), 16))
+            self._batches += 1
         was_training = self._model.training
         self._model.eval()
         with torch.inference_mode():

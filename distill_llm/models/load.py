@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.files import file_fingerprint
+from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,8 +48,18 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
     if spec.lora is not None:
         from distill_llm.models.lora import add_lora
 
-        model = add_lora(model, spec.lora)
+        model = add_lora(model, spec.lora, spec.revision)
     return LoadedModel(model, tokenizer)
+
+
+def check_student(spec: StudentSpec, *, where: str = "student") -> None:
+    """Raises ConfigError where the student's model or tokenizer cannot be had. Loads no weights."""
+    if spec.config:
+        _config_class(spec.config, f"{where}.config")
+    else:
+        read_config(spec.model, spec.revision, where=f"{where}.model")
+    if isinstance(spec.tokenizer, str):
+        load_tokenizer(spec, (), where=where)
 
 
 def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:
@@ -77,32 +90,31 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
 
 def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
     """A model with a language head, of the family that its config names; an adapter folder loads with its base."""
-    if (Path(source) / "adapter_config.json").is_file():
+    if _is_adapter(source):
         from distill_llm.models.lora import load_with_adapter
 
-        return load_with_adapter(source, where=where)
+        return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
     model_class = _auto_class(config)
     return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
 
 
-def revision_of(model: Any, asked: str) -> str:
-    """The commit that a Hub model was loaded from, or a fingerprint of a folder's weights."""
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit:
-        return str(commit)
-    folder = Path(model.config.name_or_path)
+def revision_of(source: str, asked: str = "main", *, where: str) -> str:
+    """The commit of a Hub model, or a fingerprint of a folder's weights; no weights are loaded."""
+    folder = Path(source).expanduser()
     if folder.is_dir():
-        from distill_llm.core.files import file_fingerprint
-
         return "-".join(file_fingerprint(path) for path in sorted(folder.glob("*.safetensors"))) or asked
-    return asked
+    return str(getattr(read_config(source, asked, where=where), "_commit_hash", None) or asked)
 
 
 def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
-    """Parameters of a model, from its config alone."""
+    """Parameters of a model, from its config alone; an adapter counts as its base, which it is merged into."""
     import torch
 
+    if _is_adapter(source):
+        from distill_llm.models.lora import base_of
+
+        return count_parameters(*base_of(source), where=f"{where} (base of the adapter)")
     config = read_config(source, revision, where=where)
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
@@ -113,6 +125,10 @@ def weight_bytes(folder: str) -> int | None:
     """Size on disk of a folder's weights, or None where there is no such folder."""
     found = [path.stat().st_size for path in Path(folder).expanduser().glob("*.safetensors")]
     return sum(found) or None
+
+
+def _is_adapter(source: str) -> bool:
+    return (Path(source).expanduser() / "adapter_config.json").is_file()
 
 
 def _auto_class(config: Any) -> Any:
@@ -127,20 +143,36 @@ def _from_hub(load: Any, source: str, revision: str, *, where: str, what: str, *
             f"{where}: there is no folder '{source}'. Expected a Hub id such as google/t5-v1_1-base or an existing "
             "folder with a Hugging Face model; if another recipe makes it, run that one first."
         )
+    is_local = _looks_like_path(source)
+    trouble = None if is_local else _why_unreachable(source)
+    if trouble:
+        options["local_files_only"] = True
     try:
-        return load(
-            str(Path(source).expanduser()) if _looks_like_path(source) else source, revision=revision, **options
-        )
+        return load(str(Path(source).expanduser()) if is_local else source, revision=revision, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
+        if trouble:
+            reason = f"the Hub cannot be reached ({trouble}) and no copy is in the cache."
         raise ConfigError(
             f"{where}: cannot load the {what} of '{source}' (revision {revision}): {reason} Check the spelling of the "
             "Hub id, the network, and `hf auth login` for a gated model, or give a local folder."
         ) from None
 
 
+@functools.cache
+def _why_unreachable(model: str) -> str | None:
+    """Why the Hub says nothing of this model; an answer, even a bad one, is left to loading to explain."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return why_unreachable(lambda: HfApi().model_info(model, timeout=PROBE_SECONDS))
+    except HfHubHTTPError:
+        return None
+
+
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).is_dir()
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).is_dir()
 
 
 def _fresh_model(config: HubConfig, tokenizer: Any, where: str) -> Any:
@@ -152,11 +184,11 @@ def _fresh_model(config: HubConfig, tokenizer: Any, where: str) -> Any:
     return model
 
 
-def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
+def _config_class(config: HubConfig, where: str) -> Any:
+    """The config class of ``config``'s model type, all of whose keys it knows."""
     from transformers import CONFIG_MAPPING
 
-    sizes = dict(config)
-    model_type = str(sizes.pop("model_type"))
+    model_type = str(config["model_type"])
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
         raise ConfigError(
@@ -164,21 +196,29 @@ def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
             + (f" Did you mean '{near[0]}'?" if near else "")
         )
     config_class = CONFIG_MAPPING[model_type]
-    known = [*inspect.signature(config_class).parameters, *config_class.attribute_map]
-    for key in sizes:
+    known = ["model_type", *inspect.signature(config_class).parameters, *config_class.attribute_map]
+    for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
                 f"{where}.{key}: {config_class.__name__} has no such setting."
                 + (f" Did you mean '{near[0]}'?" if near else "")
             )
+    return config_class
+
+
+def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
+    config_class = _config_class(config, where)
+    sizes = {key: value for key, value in config.items() if key != "model_type"}
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     special["bos_token_id"] = tokenizer.bos_token_id
     if getattr(config_class(), "is_encoder_decoder", False):
         special["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
         return config_class(**{"vocab_size": len(tokenizer), **special, **sizes})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: {config_class.__name__} refuses these settings: {error}") from None
 
 

@@ -26,7 +26,8 @@ def train_tokenizer(spec: FreshTokenizer, texts: Iterable[str]) -> Any:
         )
     else:
         core = Tokenizer(models.BPE(unk_token=UNKNOWN))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # A word that begins a text gets the token that it has inside one: an answer can be copied from the input.
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=spec.vocab_size,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from distill_llm.core.example import Example, Splits, TeacherAnswer
 from distill_llm.core.files import Journal, write_json
 from distill_llm.core.progress import Progress
+from distill_llm.models.load import check_student
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.dataset import RationaleRow, funnel, make_rows, read_rows, save_rows, teacher_answers
 from distill_llm.rationales.generate import complete, make_requests
@@ -26,12 +27,23 @@ class Material:
     test_answers: Mapping[str, TeacherAnswer]
 
 
-def gather(recipe: Recipe, run: RunFolder, progress: Progress) -> Material:
-    """Loads the examples, and completes what the teacher has not answered yet.
+def check(recipe: Recipe) -> Splits:
+    """The examples, after everything that the recipe names was found to be there.
 
-    The test split is cut off when the examples are loaded; its completions only score the teacher.
+    Called before anything is written, and before a teacher is asked for money or hours. Loads no weights.
     """
     splits = recipe.task.load(recipe.seed)
+    if recipe.rationales is not None:
+        make_prompter(recipe.rationales.prompt)
+        recipe.rationales.teacher.check()
+    for teacher in recipe.teachers.values():
+        teacher.check()
+    check_student(recipe.student)
+    return splits
+
+
+def gather(recipe: Recipe, splits: Splits, run: RunFolder, progress: Progress) -> Material:
+    """Completes what the teacher has not answered yet. Completions of the test split only score the teacher."""
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     dropped = f"; {splits.dropped:,} left out, their input is in another split" if splits.dropped else ""
     progress.say(f"examples: {sizes}{dropped}")
@@ -45,9 +57,8 @@ def gather(recipe: Recipe, run: RunFolder, progress: Progress) -> Material:
     return Material(splits, found["train"], found.get("test", {}))
 
 
-def read_material(recipe: Recipe, run: RunFolder) -> Material | None:
+def read_material(recipe: Recipe, splits: Splits, run: RunFolder) -> Material | None:
     """What ``gather`` wrote, without asking any teacher; None where it is not there."""
-    splits = recipe.task.load(recipe.seed)
     if recipe.rationales is None:
         return Material(splits, {}, {})
     if not run.rationales("train").exists():
@@ -72,7 +83,7 @@ def _answered(
     teacher = spec.teacher.open(task=recipe.task, sampling=spec.sampling, seed=recipe.seed)
     found, counts = {}, {}
     for split, examples in wanted.items():
-        requests = make_requests(examples, split, spec, prompter, teacher.identity)
+        requests = make_requests(examples, split, spec, prompter, teacher.identity, recipe.seed)
         waiting = sum(request.key not in journal.entries for request in requests)
         start = time.monotonic()
         completions = complete(requests, teacher, journal, progress, f"rationales, {split}")

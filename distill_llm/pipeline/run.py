@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.example import Splits
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
 from distill_llm.pipeline.arms import STUDENT
-from distill_llm.pipeline.rationale_stage import Material, gather, read_material
+from distill_llm.pipeline.rationale_stage import Material, check, gather, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.training.trainer import DistillTrainer
 
 
 def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFolder:
@@ -27,8 +29,9 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
     quiet_libraries()
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
+    splits = check(recipe)
     run = claim(recipe)
-    gather(recipe, run, progress)
+    gather(recipe, splits, run, progress)
     return run
 
 
@@ -38,14 +41,24 @@ def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progres
     Works in one process and under torchrun. Raises ConfigError where the rationales are missing.
     """
     quiet_libraries()
-    run = _claim_once(recipe)
-    material = read_material(recipe, run)
-    if material is None:
-        raise ConfigError(
-            f"{run.root}: the rationales are not there yet. First type: distill-llm generate-rationales RECIPE"
-        )
+    run, material = _claim_with_material(recipe)
     _train(recipe, material, run, arms, progress)
     return run
+
+
+def student_trainer(recipe: Recipe) -> DistillTrainer:
+    """The trainer that ``train`` would use for the student: a transformers.Trainer, for callbacks of your own.
+
+    Needs the rationales to be there. ``trainer.train()`` trains ``trainer.model`` and writes checkpoints to the run
+    folder; the run's scorecard knows only of models that ``train`` or ``run`` finished.
+    """
+    from distill_llm.pipeline.student_stage import make_plan, make_trial
+    from distill_llm.pipeline.trial import make_trial_trainer
+
+    quiet_libraries()
+    run, material = _claim_with_material(recipe)
+    plan = make_plan(recipe, material, run)
+    return make_trial_trainer(make_trial(recipe, material, plan, run, plan.arms[0], recipe.train.learning_rate))
 
 
 def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Progress = SILENT) -> Scorecard:
@@ -55,10 +68,7 @@ def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Pr
     _one_process("evaluate")
     quiet_libraries()
     run, recipe = open_run(run_dir, overrides)
-    material = read_material(recipe, run)
-    if material is None:
-        raise ConfigError(f"{run.root}: the rationales of this run are gone; `distill-llm run` makes them again.")
-    return score(recipe, material, run, progress)
+    return score(recipe, _material_of(recipe, recipe.task.load(recipe.seed), run), run, progress)
 
 
 def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
@@ -68,8 +78,9 @@ def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
 
     _one_process("run")
     quiet_libraries()
+    splits = check(recipe)
     folder = claim(recipe)
-    material = gather(recipe, folder, progress)
+    material = gather(recipe, splits, folder, progress)
     _train(recipe, material, folder, ["all"], progress)
     return score(recipe, material, folder, progress)
 
@@ -85,11 +96,23 @@ def _train(recipe: Recipe, material: Material, run: RunFolder, arms: Sequence[st
     train_arms(recipe, material, plan, run, arms, progress)
 
 
-def _claim_once(recipe: Recipe) -> RunFolder:
+def _material_of(recipe: Recipe, splits: Splits, run: RunFolder) -> Material:
+    material = read_material(recipe, splits, run)
+    if material is None:
+        raise ConfigError(
+            f"{run.root}: the rationales are not there yet. First type: distill-llm generate-rationales RECIPE"
+        )
+    return material
+
+
+def _claim_with_material(recipe: Recipe) -> tuple[RunFolder, Material]:
+    """The run folder, claimed by the main process, and what its first stage wrote."""
     from distill_llm.training.distributed import main_first
 
+    splits = check(recipe)
     main_first(lambda: claim(recipe) and None)
-    return RunFolder(recipe.folder)
+    run = RunFolder(recipe.folder)
+    return run, _material_of(recipe, splits, run)
 
 
 def _one_process(command: str) -> None:

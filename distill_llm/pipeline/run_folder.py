@@ -62,6 +62,10 @@ class RunFolder:
     def scorecard(self) -> Path:
         return self.root / "scorecard.json"
 
+    @property
+    def training_has_begun(self) -> bool:
+        return self.models.exists() and any(self.models.iterdir())
+
     def trained_arms(self) -> list[str]:
         return sorted(path.parent.name for path in self.models.glob("*/result.json"))
 
@@ -118,8 +122,8 @@ def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(_FREE)
     )
-    begun = run.models.exists() and any(run.models.iterdir())
-    if not begun:  # completions are found by their own keys, so that only the name and the task must agree
+    if not run.training_has_begun:
+        # completions are found by their own keys, so that only the name and the task must agree
         changed = [key for key in changed if key.split(".")[0] in ("name", "task")]
     if changed:
         shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:8])

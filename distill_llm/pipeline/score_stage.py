@@ -67,7 +67,7 @@ def _score_teacher(recipe: Recipe, material: Material, run: RunFolder) -> tuple[
     speed = run.completions_per_second("test") if teacher.computes else None
     facts = Facts(
         role="teacher",
-        description=f"{known.name}, {recipe.rationales.samples} completions an example",
+        description=f"{known.name}, completions an example: {recipe.rationales.samples}",
         parameters=known.parameters,
         bytes=known.num_bytes,
         examples_per_second=speed / recipe.rationales.samples if speed else None,

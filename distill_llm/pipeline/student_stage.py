@@ -49,25 +49,25 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     return Plan(plan_arms(recipe, rows.rows, student_parameters=student.num_parameters, teacher_parameters=sizes), rows)
 
 
+def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
+    return Trial(
+        arm=arm,
+        learning_rate=rate,
+        recipe=recipe,
+        rows=arm.rows_of(plan.rows.rows),
+        validation=material.splits.validation,
+        tokenizer=run.tokenizer,
+        folder=run.arm(arm.name) / f"rate-{rate:g}",
+    )
+
+
 def train_arms(
     recipe: Recipe, material: Material, plan: Plan, run: RunFolder, names: Sequence[str], progress: Progress
 ) -> None:
     """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks."""
     waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, run)]
     rates = recipe.train.tune or (recipe.train.learning_rate,)
-    trials = [
-        Trial(
-            arm=arm,
-            learning_rate=rate,
-            recipe=recipe,
-            rows=arm.rows_of(plan.rows.rows),
-            validation=material.splits.validation,
-            tokenizer=run.tokenizer,
-            folder=run.arm(arm.name) / f"rate-{rate:g}",
-        )
-        for arm in waiting
-        for rate in rates
-    ]
+    trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in waiting for rate in rates]
     for arm in waiting:
         write_json(run.arm(arm.name) / "plan.json", _plan_facts(arm))
     results = run_trials(trials, recipe.train.workers, progress)
@@ -117,13 +117,15 @@ def _can_chat(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def _save_tokenizer(recipe: Recipe, material: Material, run: RunFolder) -> None:
-    if run.tokenizer.exists():
+    """Makes it anew until a training has begun: what was learned from (`keep`) or its settings may have changed."""
+    if run.tokenizer.exists() and run.training_has_begun:
         return
     tokenizer = load_tokenizer(recipe.student, _training_text(recipe, material))
     draft = Path(f"{run.tokenizer}.part")
     shutil.rmtree(draft, ignore_errors=True)
     with storage(run.tokenizer):
         tokenizer.save_pretrained(str(draft))
+        shutil.rmtree(run.tokenizer, ignore_errors=True)
         draft.rename(run.tokenizer)
 
 

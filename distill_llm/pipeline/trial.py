@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distill_llm.core.example import Example
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.training.trainer import DistillTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +55,18 @@ def max_new_tokens(recipe: Recipe) -> int:
     return recipe.evaluate.max_new_tokens or recipe.train.max_target_tokens
 
 
-def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Trains, or gives what an earlier training came to. Raises Interrupted after a signal."""
+def make_trial_trainer(trial: Trial) -> DistillTrainer:
+    """The trainer of a trial, with the student as its seed draws it or its weights were."""
     from transformers import set_seed
 
     from distill_llm.models.generate import default_device
-    from distill_llm.training.arguments import is_main_process
-    from distill_llm.training.train import describe, train
+    from distill_llm.training.train import make_trainer
 
-    done = trial.folder / "trained.json"
-    if done.exists():
-        return read_json(done)
     recipe = trial.recipe
     set_seed(recipe.seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
-    trained = train(
+    return make_trainer(
         student,
         trial.rows,
         spec=recipe.train.model_copy(update={"learning_rate": trial.learning_rate}),
@@ -80,11 +77,19 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.seed,
-        progress=progress,
-        name=trial.name,
-        stop_when=stop_when,
     )
-    result = describe(trained) | {"learning_rate": trial.learning_rate}
+
+
+def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Trains, or gives what an earlier training came to. Raises Interrupted after a signal."""
+    from distill_llm.training.arguments import is_main_process
+    from distill_llm.training.train import fit
+
+    done = trial.folder / "trained.json"
+    if done.exists():
+        return read_json(done)
+    trained = fit(make_trial_trainer(trial), trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
+    result = asdict(trained) | {"learning_rate": trial.learning_rate}
     if is_main_process():
         write_json(done, result)
     return result

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 
 def make_requests(
-    examples: Sequence[Example], split: str, spec: RationaleSpec, prompter: Prompter, identity: str
+    examples: Sequence[Example], split: str, spec: RationaleSpec, prompter: Prompter, identity: str, seed: int = 0
 ) -> list[Request]:
     """One request per example and sample. Its key changes with all that decides the completion."""
     sampling = spec.sampling.model_dump(mode="json")
+    drawn = seed if spec.sampling.temperature > 0 else 0  # greedy text does not depend on the seed
     requests = []
     for example in examples:
         prompt = prompter.render(example)
         for sample in range(spec.samples):
-            key = fingerprint([identity, sampling, split, example.id, prompt, sample])
+            key = fingerprint([identity, sampling, drawn, split, example.id, prompt, sample])
             requests.append(Request(key, example, split, sample, prompt))
     return requests
 

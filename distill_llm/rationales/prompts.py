@@ -61,8 +61,9 @@ def make_prompter(spec: PromptSpec) -> Prompter:
 def read_exemplars(name: str) -> tuple[Exemplar, ...]:
     """Exemplars from a file of the user's, or from the package's own by name."""
     where = f"rationales.prompt.exemplars '{name}'"
-    path = find_file(name) or find_file(f"data/exemplars/{name}.yaml")
-    if path is None or path.is_dir():
+    candidates = (find_file(name), find_file(f"data/exemplars/{name}.yaml"))  # the first may be a folder with data
+    path = next((found for found in candidates if found is not None and found.is_file()), None)
+    if path is None:
         raise ConfigError(f"{where}: no such file, and no exemplars of that name came with the package.")
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -80,7 +80,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     place: Any = data
     for key in parents:
         place = _step_into(place, key, path)
-    _set(place, last, parse_yaml(value, f"override '{override}'"), path)
+    # nothing behind `=` is an empty text, as a shell leaves of `key=""`; null is written out
+    _set(place, last, parse_yaml(value, f"override '{override}'") if value else "", path)
 
 
 def _step_into(place: Any, key: str, path: str) -> Any:

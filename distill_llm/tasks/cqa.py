@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 _LAYOUT = Layout(
     stems={"train": ("cqa_train", "train"), "validation": ("cqa_valid",), "test": ("cqa_test", "test")},
     hub={"train": "train", "test": "validation"},
-    hub_config="v1.0",
+    hub_config="v1.11",
 )
 
 
 class Cqa(Task):
     """Multiple choice about everyday life, 9,741 / 1,221 rows.
 
-    Questions: Talmor et al. 2019, arXiv:1811.00937; explanations: Rajani et al. 2019 (CoS-E v1.0), arXiv:1906.02361.
+    Questions: Talmor et al. 2019, arXiv:1811.00937; explanations: Rajani et al. 2019 (CoS-E v1.11), arXiv:1906.02361.
     The test set of Hsieh et al. 2023 (arXiv:2305.02301) is what the Hub calls ``validation``. ``reading`` decides
     what an answer in other letters is worth: as in the code of that paper, "(b) Istanbul." is not the choice
     "istanbul" (its PaLM rationales: 74.26% of train and 77.23% of test right); lenient, it is (75.29% and 78.21%).

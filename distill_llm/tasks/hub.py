@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import DataError
+from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from distill_llm.tasks.base import SplitName
 
-_PROBE_SECONDS = 10
 _PARQUET_BRANCH = "refs/convert/parquet"
 _log = logging.getLogger(__name__)
 
@@ -46,22 +46,19 @@ def hub_splits(name: str, splits: Mapping[SplitName, str], config: str | None) -
 
 
 def _probe(name: str) -> str | None:
-    """Why the Hub cannot be reached, or None. ``load_dataset`` alone tries for half a minute before it says so."""
+    """Why the Hub cannot be reached, or None."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    # httpx's errors or those of httpx2, by the version of the library
-    unreachable = cast("tuple[type[Exception], ...]", (OSError, *HfHubHTTPError.__bases__))
     try:
-        HfApi().dataset_info(name, timeout=_PROBE_SECONDS)
+        return why_unreachable(lambda: HfApi().dataset_info(name, timeout=PROBE_SECONDS))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DataError(
             f"data '{name}': no such file or folder here, and no such data set on the Hugging Face Hub (or a private "
             "or gated one, which needs `hf auth login`). Expected a path or a Hub id: correct it."
         ) from error
-    except unreachable as error:
+    except HfHubHTTPError as error:
         return type(error).__name__
-    return None
 
 
 @contextmanager

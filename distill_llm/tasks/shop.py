@@ -41,6 +41,8 @@ _SECOND = (
 
 
 class Shop(Task):
+    """Generated questions of two sums and a comparison, with prices that only the rationales state."""
+
     kind: Literal["shop"] = "shop"
     title: ClassVar[str] = "generated: who pays more, with hidden prices"
     licence: ClassVar[str] = "Apache-2.0 (generated)"

@@ -65,9 +65,12 @@ class TextTeacherSpec(Component):
     computes: ClassVar[bool] = True
     """It writes while it is asked, so that its speed means something."""
 
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
+
     @abstractmethod
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
-        """Loads or connects. Heavy packages are imported here."""
+        """Connects, or prepares to load at the first question. Heavy packages are imported here."""
 
     @abstractmethod
     def describe(self) -> TeacherFacts:
@@ -93,6 +96,9 @@ class TensorTeacher(Protocol):
 
 class TensorTeacherSpec(Component):
     """The recipe's side of a tensor teacher."""
+
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
 
     @abstractmethod
     def open(self, student: StudentFacts) -> TensorTeacher:

@@ -32,13 +32,18 @@ class Frozen(TensorTeacherSpec):
     revision: str = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
+    def check(self) -> None:
+        from distill_llm.models.load import read_config
+
+        read_config(self.model, self.revision, where=f"teachers: frozen '{self.model}'")
+
     def open(self, student: StudentFacts) -> TensorTeacher:
-        from distill_llm.models.load import load_model, read_tokenizer
+        from distill_llm.models.load import load_model, read_config, read_tokenizer
 
         where = f"teachers: frozen '{self.model}'"
         vocabulary = read_tokenizer(self.model, self.revision, where=where).get_vocab()
+        student.must_share(vocabulary, read_config(self.model, self.revision, where=where), where=where)
         model = load_model(self.model, self.revision, where=where, dtype=self.dtype)
-        student.must_share(vocabulary, model.config, where=where)
         return FrozenTeacher(model.to(student.device))
 
     def num_parameters(self) -> int:

@@ -34,6 +34,8 @@ class GoldTeacher:
 
 
 class Gold(TextTeacherSpec):
+    """The data's own rationales, each with the sentence that states its label."""
+
     kind: Literal["gold"] = "gold"
     knows_answers: ClassVar[bool] = True
     computes: ClassVar[bool] = False

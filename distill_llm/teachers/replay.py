@@ -31,7 +31,7 @@ class ReplayTeacher:
         for request in requests:
             example = request.example
             texts = self._texts.get(example.origin, [])
-            if example.row >= len(texts):
+            if not 0 <= example.row < len(texts):
                 raise TeacherError(
                     f"rationales.teacher: the {example.origin} split has a row {example.row + 1}, but only "
                     f"{len(texts)} completions are there to replay. Give one for every row, in the order of the data."
@@ -54,6 +54,11 @@ class Replay(TextTeacherSpec):
     computes: ClassVar[bool] = False
     name: str = Field(default="replayed teacher", description="who wrote them, for tables and cards")
     files: ReplayFiles
+
+    def check(self) -> None:
+        for split, pattern in self.files.model_dump().items():
+            if pattern:
+                _matches(pattern, f"rationales.teacher.files.{split}")
 
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
         patterns = {split: pattern for split, pattern in self.files.model_dump().items() if pattern}

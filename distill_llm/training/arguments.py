@@ -54,6 +54,7 @@ def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, 
         load_best_model_at_end=validates,
         metric_for_best_model="eval_accuracy" if validates else None,
         greater_is_better=True if validates else None,
+        restore_callback_states_from_checkpoint=True,  # or a resume would forget how long patience was tried
         logging_steps=max(1, min(50, every)),
         logging_nan_inf_filter=False,  # it would hide a NaN loss
         report_to=list(spec.report_to) or "none",

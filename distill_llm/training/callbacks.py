@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from distill_llm.core.files import read_json, write_json
 from distill_llm.core.progress import Progress
+from distill_llm.training.distributed import summed
 
 
 class ProgressBar(TrainerCallback):
@@ -90,7 +91,8 @@ class StopCleanly(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked or self._also():
+        # All ranks stop at the same step, or one would wait for the others for ever.
+        if summed(int(self._also() or self.asked))[0]:
             self.asked = True
             control.should_save = True
             control.should_training_stop = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distill_llm.training.arguments import is_main_process, world_size
 
@@ -22,10 +22,9 @@ def summed(*numbers: int) -> tuple[int, ...]:
     if world_size() == 1:
         return numbers
     import torch
-    from accelerate import PartialState
     from torch import distributed
 
-    total = torch.tensor(numbers, device=PartialState().device)
+    total = torch.tensor(numbers, device=_state().device)
     distributed.all_reduce(total)
     return tuple(total.tolist())
 
@@ -35,9 +34,15 @@ def main_first(work: Callable[[], None]) -> None:
     if world_size() == 1:
         work()
         return
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = _state()
     if is_main_process():
         work()
     state.wait_for_everyone()
+
+
+def _state() -> Any:
+    """The group of all processes. Without being told of the CPU, accelerate makes none there, and waits for nobody."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
 from distill_llm.core.files import storage
-from distill_llm.core.progress import Progress
+from distill_llm.core.progress import SILENT, Progress
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
@@ -23,7 +21,7 @@ from distill_llm.objective import Objective
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
-from distill_llm.training.arguments import is_main_process, make_arguments, make_optimizer
+from distill_llm.training.arguments import is_main_process, make_arguments, make_optimizer, world_size
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.trainer import DistillTrainer, Validate
 
@@ -39,7 +37,7 @@ class Trained:
     validation_accuracy: float
 
 
-def train(
+def make_trainer(
     student: LoadedModel,
     rows: Sequence[Row],
     *,
@@ -51,24 +49,21 @@ def train(
     validate: Validate | None,
     folder: Path,
     seed: int,
-    progress: Progress,
-    name: str,
-    stop_when: Callable[[], bool] = lambda: False,
-) -> Trained:
-    """Trains ``student`` in place, and saves the best model to ``folder/model``. Resumes from ``folder``.
-
-    Raises Interrupted after a signal, with a checkpoint on disk.
-    """
-    sampler = StepSampler(
-        rows, rows_per_step=spec.rows_per_step, rows_per_batch=spec.rows_per_batch, max_steps=max_steps, seed=seed
-    )
+) -> DistillTrainer:
+    """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
+    arguments = make_arguments(spec, checkpoints, max_steps=max_steps, seed=seed, validates=validate is not None)
+    sampler = StepSampler(
+        rows,
+        rows_per_step=spec.rows_per_step,
+        rows_per_batch=spec.rows_per_batch,
+        max_steps=max_steps,
+        seed=seed,
+        ranks=world_size(),
+    )
     with storage(checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)
-    arguments = make_arguments(spec, checkpoints, max_steps=max_steps, seed=seed, validates=validate is not None)
-    clock = Clock(folder / "clock.json")
-    stop = StopCleanly(stop_when)
-    trainer = DistillTrainer(
+    return DistillTrainer(
         model=student.model,
         args=arguments,
         rows=rows,
@@ -80,23 +75,40 @@ def train(
         validate=validate,
         processing_class=student.tokenizer,
         optimizers=(make_optimizer(student.model, spec), None),
-        callbacks=[clock, *_early_stopping(spec, validate), stop, *_bar(progress, name)],
+        callbacks=_early_stopping(spec, validate),
     )
+
+
+def fit(
+    trainer: DistillTrainer,
+    folder: Path,
+    *,
+    progress: Progress = SILENT,
+    name: str = "student",
+    stop_when: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``.
+
+    Raises Interrupted after a signal, or when ``stop_when`` says so, with a checkpoint on disk.
+    """
+    clock, stop = Clock(folder / "clock.json"), StopCleanly(stop_when)
+    for callback in [clock, stop, *([ProgressBar(progress, name)] if is_main_process() else [])]:
+        trainer.add_callback(callback)
+    checkpoints = Path(str(trainer.args.output_dir))
     with stop, storage(checkpoints):
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
-    if stop.asked and trainer.state.global_step < max_steps:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} of {max_steps}; a checkpoint is saved.")
+    state, max_steps = trainer.state, trainer.args.max_steps
+    if stop.asked and state.global_step < max_steps:
+        raise Interrupted(f"stopped at step {state.global_step} of {max_steps}; a checkpoint is saved.")
     seconds = clock.seconds
     with storage(folder):
         trainer.save_model(str(folder / "model"))
-    steps = trainer.state.global_step
-    batches = islice(sampler, steps * (spec.rows_per_step // spec.rows_per_batch))
     return Trained(
-        steps=steps,
-        best_step=trainer.state.best_global_step or steps,
-        tokens=sum(rows[index].num_tokens for batch in batches for index in batch),
+        steps=state.global_step,
+        best_step=state.best_global_step or state.global_step,
+        tokens=trainer.step_sampler.tokens_until(state.global_step),
         seconds=round(seconds, 3),
-        validation_accuracy=trainer.state.best_metric if trainer.state.best_metric is not None else float("nan"),
+        validation_accuracy=state.best_metric if state.best_metric is not None else float("nan"),
     )
 
 
@@ -109,10 +121,6 @@ def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerC
     return [EarlyStoppingCallback(early_stopping_patience=spec.patience)] if spec.patience and validate else []
 
 
-def _bar(progress: Progress, name: str) -> list[TrainerCallback]:
-    return [ProgressBar(progress, name)] if is_main_process() else []
-
-
 def _last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; a torn one, left by a kill, is removed."""
     while (last := get_last_checkpoint(str(folder))) is not None:
@@ -122,7 +130,3 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
             raise StorageError(f"{last}: this checkpoint is torn. Delete it and start again.")
         shutil.rmtree(last)
     return None
-
-
-def describe(trained: Trained) -> dict[str, Any]:
-    return {field: getattr(trained, field) for field in Trained.__dataclass_fields__}

@@ -56,7 +56,7 @@ class DistillTrainer(Trainer):
         self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
         self.validate = validate
         self._means: dict[str, Tensor] = {}
-        self._means_since = 0
+        self._means_steps = 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -73,6 +73,7 @@ class DistillTrainer(Trainer):
         """The micro-batches of one step, and each term's tokens in all of them on all ranks."""
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
         batches = self.scheme.prepare(batches, self.model)
+        self._means_steps += 1
         return batches, self._counts(batches)
 
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
@@ -99,11 +100,10 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each term's mean since the last training log."""
         if "loss" in logs and self._means:
-            steps = max(self.state.global_step - self._means_since, 1)
             summed = cast(Tensor, self.accelerator.reduce(torch.stack(list(self._means.values())), reduction="sum"))
-            for name, value in zip(self._means, (summed / steps).tolist(), strict=True):
+            for name, value in zip(self._means, (summed / max(self._means_steps, 1)).tolist(), strict=True):
                 logs[f"loss_{name}"] = value
-            self._means, self._means_since = {}, self.state.global_step
+            self._means, self._means_steps = {}, 0
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:

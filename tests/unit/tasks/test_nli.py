@@ -47,7 +47,7 @@ def test_rows_in_two_splits_are_dropped_by_default(tmp_path: Path) -> None:
     write(tmp_path / "validation.json", {"hypothesis": "It snows."})
     write(tmp_path / "test.json", {})
     assert [e.id for e in ESnli(data=str(tmp_path)).load(0).train] == ["train-2"]
-    with pytest.raises(DataError, match="1 inputs are in both the training split and validation or test"):
+    with pytest.raises(DataError, match="1 inputs are in both train and test"):
         ESnli(data=str(tmp_path), overlap="refuse").load(0)
 
 

@@ -1,0 +1,176 @@
+"""Shared by all tests: offline, one thread, tiny fresh models, and array shapes that are checked at every call."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import pkgutil
+import sys
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import jaxtyping
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distill_llm.models.load import LoadedModel
+
+torch.set_num_threads(1)
+
+_SHAPE_CHECKED = tuple(f"distill_llm.{name}" for name in ("core.signals", "losses", "objective", "data", "schemes"))
+# Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
+_IN_ORDER = (
+    ("distill_llm.core.signals", ("Signals",)),
+    ("distill_llm.losses.base", ()),
+    ("distill_llm.losses", ()),
+    ("distill_llm.objective", ("Objective",)),
+    ("distill_llm.data.view", ("StudentView",)),
+    ("distill_llm.data.rows", ("Row",)),
+    ("distill_llm.data.sampler", ()),
+    ("distill_llm.data.collate", ()),
+    ("distill_llm.schemes.base", ()),
+    ("distill_llm.schemes", ()),
+)
+
+
+def _check_shapes() -> None:
+    """Imports the numeric modules with every annotated call checked by jaxtyping and beartype.
+
+    The package imports what it only needs in annotations under TYPE_CHECKING, because loading a recipe needs no torch;
+    a checker that does not find a name checks nothing. So each module is lent the names while it is executed, and
+    loses them again: a name that it truly forgot to import must still be a NameError in the tests.
+    """
+    from distill_llm.core.example import Example, Target, TeacherAnswer
+    from distill_llm.models.spec import Prefixes
+    from distill_llm.tasks.base import Task
+
+    names: dict[str, Any] = {"Tensor": torch.Tensor, "TensorTeacher": Any}  # isinstance knows no Protocol
+    names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}
+    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {"Target": Target}
+    checked = set()
+    with jaxtyping.install_import_hook(_SHAPE_CHECKED, "beartype.beartype"):
+        for name, gives in _IN_ORDER:
+            for module in [name, *_plug_ins(name)]:
+                loaded = sys.modules[module] if module in checked else _import_with(module, names)
+                checked.add(module)
+                names.update({given: getattr(loaded, given) for given in gives})
+    missed = {name for name in sys.modules if name.startswith(_SHAPE_CHECKED)} - checked - {"distill_llm.data"}
+    assert not missed, f"add these modules to _IN_ORDER, or their shapes stay unchecked: {sorted(missed)}"
+
+
+def _plug_ins(package: str) -> list[str]:
+    if package.count(".") > 1 or package == "distill_llm.objective":
+        return []
+    return [f"{package}.{module.name}" for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+
+
+def _import_with(name: str, lent: dict[str, Any]) -> types.ModuleType:
+    """Imports ``name`` afresh, with ``lent`` among its globals until it is executed."""
+    assert name not in sys.modules or hasattr(sys.modules[name], "__path__"), f"{name} was imported too early"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(lent)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    for key, value in lent.items():
+        if vars(module).get(key) is value and key not in _defined_or_imported(module):
+            delattr(module, key)
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, module)
+    return module
+
+
+def _defined_or_imported(module: types.ModuleType) -> set[str]:
+    """Names that the module's own top level binds at run time."""
+    found: set[str] = set()
+    for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+    return found
+
+
+_check_shapes()
+
+WORDS = (
+    "predict explain reason : the answer is a b c d e f g h who pays more what costs 0 1 2 3 4 5 6 7 8 9 "
+    "ann bob + - * = . , ? ( ) and so because then"
+)
+T5_SIZES: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 4,
+    "feed_forward_proj": "relu",
+    "dropout_rate": 0.0,
+}
+LLAMA_SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def build_tiny(sizes: dict[str, Any], *, tokenizer: str = "words", seed: int = 0, text: str = WORDS) -> LoadedModel:
+    """A fresh model in eval mode with a tokenizer trained on ``text``; ``seed`` draws the weights."""
+    from distill_llm.models.load import build_student, load_tokenizer
+    from distill_llm.models.spec import StudentSpec
+
+    spec = StudentSpec.model_validate({"config": sizes, "tokenizer": {"kind": tokenizer, "vocab_size": 512}})
+    torch.manual_seed(seed)
+    student = build_student(spec, load_tokenizer(spec, [text]))
+    student.model.eval()
+    return student
+
+
+@pytest.fixture
+def tiny_t5() -> Callable[..., LoadedModel]:
+    """Builds an encoder-decoder: ``tiny_t5(seed=1, tokenizer="bytes_bpe", text=..., dropout_rate=0.1)``."""
+
+    def build(*, tokenizer: str = "words", seed: int = 0, text: str = WORDS, **sizes: Any) -> LoadedModel:
+        return build_tiny(T5_SIZES | sizes, tokenizer=tokenizer, seed=seed, text=text)
+
+    return build
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., LoadedModel]:
+    """Builds a decoder-only model: ``tiny_llama(seed=1, tokenizer="bytes_bpe", text=..., attention_dropout=0.1)``."""
+
+    def build(*, tokenizer: str = "words", seed: int = 0, text: str = WORDS, **sizes: Any) -> LoadedModel:
+        return build_tiny(LLAMA_SIZES | sizes, tokenizer=tokenizer, seed=seed, text=text)
+
+    return build
+
+
+@pytest.fixture(params=["t5", "llama"])
+def tiny_model(request: pytest.FixtureRequest) -> Callable[..., LoadedModel]:
+    """The test runs twice: with ``tiny_t5`` and with ``tiny_llama``."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test starts from the same global seed, whatever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,47 @@
+"""The published PaLM-540B texts, read by the pipeline's own parts, give the accuracy that is known of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill_llm.core.example import Example
+from distill_llm.core.files import Journal
+from distill_llm.core.progress import SILENT
+from distill_llm.rationales.dataset import funnel, make_rows
+from distill_llm.rationales.generate import complete, make_requests
+from distill_llm.rationales.prompts import make_prompter
+from distill_llm.recipe.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data" / "dss"
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the published PaLM texts are not there ({DATA})")
+
+# Examples, and accuracy in percent, of the outputs published with the code of Hsieh et al. 2023, arXiv:2305.02301.
+PUBLISHED = {
+    "svamp": {"train": (800, 73.25), "test": (200, 74.00)},
+    "cqa": {"train": (9_741, 74.26), "test": (1_221, 77.23)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_teacher_accuracy_is_the_published_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation is put back into train: a replayed text is found by the place where its row stood before the cut."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(f"recipes/real/{name}_palm.yaml")
+    spec = recipe.rationales
+    assert spec is not None
+    splits = recipe.task.load(recipe.seed)
+    by_origin: dict[str, list[Example]] = {"train": [], "test": []}
+    for example in (*splits.train, *splits.validation, *splits.test):
+        by_origin[example.origin].append(example)
+    teacher = spec.teacher.open(task=recipe.task, sampling=spec.sampling, seed=recipe.seed)
+    journal = Journal(tmp_path / "journal.jsonl")
+    for split, (number, percent) in PUBLISHED[name].items():
+        requests = make_requests(by_origin[split], split, spec, make_prompter(spec.prompt), teacher.identity)
+        completions = complete(requests, teacher, journal, SILENT, split)
+        counts = funnel(make_rows(requests, completions, recipe.task, spec.keep), recipe.task)
+        assert counts["examples"] == number
+        assert round(100 * (counts["accuracy"] or 0), 2) == percent

@@ -1,0 +1,82 @@
+"""The plan of a training: its tokenizer is that of the recipe that is trained, not of an attempt that failed before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill_llm.core.errors import ConfigError, DataError
+from distill_llm.core.files import read_json
+from distill_llm.core.progress import SILENT
+from distill_llm.models.load import read_tokenizer
+from distill_llm.pipeline.rationale_stage import check, gather
+from distill_llm.pipeline.run_folder import RunFolder, claim
+from distill_llm.pipeline.student_stage import Plan, make_plan, train_arms
+from distill_llm.recipe.load import parse_yaml, recipe_from
+
+YAML = """
+name: tiny
+task: {kind: shop, products: 20, train_size: 24, validation_size: 4, test_size: 4}
+rationales: {teacher: {kind: gold}}
+student:
+  config: {model_type: t5, d_model: 8, d_kv: 4, d_ff: 16, num_layers: 1, num_heads: 2}
+  tokenizer: {kind: words, vocab_size: 256}
+objective:
+  - {name: label, loss: {kind: cross_entropy}, targets: [label]}
+  - {name: rationale, loss: {kind: cross_entropy}, targets: [rationale]}
+train: {max_steps: 2, rows_per_step: 8, rows_per_batch: 8}
+evaluate: {controls: []}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Any:
+    """Plans the recipe with overrides, always in the same run folder; ``train=True`` trains too."""
+
+    def build(*overrides: str, train: bool = False) -> tuple[RunFolder, Plan]:
+        recipe = recipe_from(parse_yaml(YAML, "tiny"), [f"run_dir={tmp_path / 'run'}", *overrides])
+        run = claim(recipe)
+        material = gather(recipe, check(recipe), run, SILENT)
+        made = make_plan(recipe, material, run)
+        if train:
+            train_arms(recipe, material, made, run, ["all"], SILENT)
+        return run, made
+
+    return build
+
+
+def _knows(run: RunFolder, word: str) -> bool:
+    return word in read_tokenizer(str(run.tokenizer), where="test").get_vocab()
+
+
+def test_tokenizer_of_a_failed_attempt_is_made_anew(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlabelled, the rule keeps nothing: words of rationales only come in once it is loosened."""
+    import distill_llm.rationales.keep as keep
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keep.AgreesWithLabel, "keeps", lambda self, chain: False)
+        with pytest.raises(DataError, match="the target 'rationale' has no row"):
+            plan("rationales.keep=[{kind: agrees_with_label}]")
+    run, _ = plan()
+    assert _knows(run, ">")
+    assert _knows(run, "ann")
+
+
+def test_tokenizer_stays_once_training_has_begun(plan: Any) -> None:
+    run, _ = plan(train=True)
+    before = (run.tokenizer / "tokenizer.json").stat().st_mtime_ns
+    plan("evaluate.batch_rows=3")
+    assert (run.tokenizer / "tokenizer.json").stat().st_mtime_ns == before
+
+
+def test_trained_arm_is_kept_and_another_plan_of_it_refused(plan: Any) -> None:
+    ablation = "evaluate.ablations={{part: [{}]}}"
+    run, _ = plan(ablation.format("label"), train=True)
+    weights = (run.model("part") / "model.safetensors").stat().st_mtime_ns
+    plan(ablation.format("label"), train=True)
+    assert (run.model("part") / "model.safetensors").stat().st_mtime_ns == weights
+    assert read_json(run.result("part"))["description"] == "label"
+    with pytest.raises(ConfigError, match=r"models/part: this arm was planned otherwise"):
+        plan(ablation.format("rationale"), train=True)
