@@ -2,9 +2,10 @@
 
     python benchmarks/shop_seeds.py --case scarce --seeds 6 --out /tmp/shop [KEY=VALUE]...
 
-Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Each seed draws other initial weights, another
-order of rows, and another pool of questions. Prints, for each model, mean and standard deviation of test accuracy, and the
-student's paired difference to it: mean, standard deviation, and on how many seeds it was positive. Resumes.
+Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Each seed draws other initial
+weights, another order of rows, and another pool of questions. Prints, for each model, mean and standard deviation of
+test accuracy, and the student's paired difference to it: mean, standard deviation, and on how many seeds it was
+positive. Resumes.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart/scarce")],
     overrides: Overrides = None,
 ) -> None:
     """Stage three: score every trained model of a run on its test split."""
@@ -151,6 +151,7 @@ def _show(card: Scorecard, folder: Path) -> None:
         console.print(to_comparison_table(card))
     console.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
     console.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
+    console.print(f"The student: {folder / 'models' / 'student' / 'model'}", highlight=False)
 
 
 def _next(command: str) -> None:

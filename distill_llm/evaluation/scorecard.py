@@ -315,7 +315,8 @@ def _against_teacher(main: Entry, teacher: Entry | None) -> str:
     if teacher is None or retention is None:
         return ""
     size = "" if ratio is None else f", which is {short_number(ratio)} times as large"
-    return f"; it reaches {percent(retention)}% of the accuracy of the teacher '{teacher.name}'{size}"
+    name = "the teacher" if teacher.name == "teacher" else f"the teacher '{teacher.name}'"
+    return f"; it reaches {percent(retention)}% of the accuracy of {name}{size}"
 
 
 def _model_header(scorecard: Scorecard) -> list[str]:

@@ -122,9 +122,14 @@ def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
 
 
 def weight_bytes(folder: str) -> int | None:
-    """Size on disk of a folder's weights, or None where there is no such folder."""
-    found = [path.stat().st_size for path in Path(folder).expanduser().glob("*.safetensors")]
-    return sum(found) or None
+    """Size on disk of a folder's weights, those of an adapter's base included; None where one of them is not here."""
+    own = sum(path.stat().st_size for path in Path(folder).expanduser().glob("*.safetensors"))
+    if not own or not _is_adapter(folder):
+        return own or None
+    from distill_llm.models.lora import base_of
+
+    base = weight_bytes(base_of(folder)[0])
+    return own + base if base else None
 
 
 def _is_adapter(source: str) -> bool:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Example, Splits, TeacherAnswer
-from distill_llm.core.files import Journal, write_json
+from distill_llm.core.files import Journal, fingerprint, read_json, write_json
 from distill_llm.core.progress import Progress
 from distill_llm.models.load import check_student
 from distill_llm.pipeline.run_folder import RunFolder
@@ -61,8 +62,13 @@ def read_material(recipe: Recipe, splits: Splits, run: RunFolder) -> Material | 
     """What ``gather`` wrote, without asking any teacher; None where it is not there."""
     if recipe.rationales is None:
         return Material(splits, {}, {})
-    if not run.rationales("train").exists():
+    if not run.rationales("train").exists() or not run.rationales_made_of.exists():
         return None
+    if read_json(run.rationales_made_of) != _made_of(recipe, recipe.rationales):
+        raise ConfigError(
+            f"{run.rationales('train')}: these rationales were made with another task, seed or `rationales` section. "
+            "First type: distill-llm generate-rationales RECIPE (what the journal holds is not asked again)."
+        )
     test = run.rationales("test")
     return Material(
         splits,
@@ -93,4 +99,11 @@ def _answered(
         save_rows(run.rationales(split), found[split])
         counts[split] = funnel(found[split], recipe.task)
     write_json(run.funnel, counts)
+    write_json(run.rationales_made_of, _made_of(recipe, spec))
     return found
+
+
+def _made_of(recipe: Recipe, spec: RationaleSpec) -> str:
+    """Changes with all that decides a rationale data set, but for the weights of a teacher in a folder."""
+    head = make_prompter(spec.prompt).head
+    return fingerprint([recipe.task.model_dump(mode="json"), recipe.seed, spec.model_dump(mode="json"), head])

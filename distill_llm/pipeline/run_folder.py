@@ -38,6 +38,10 @@ class RunFolder:
         return self.root / "rationales" / "funnel.json"
 
     @property
+    def rationales_made_of(self) -> Path:
+        return self.root / "rationales" / "made_of.json"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
 

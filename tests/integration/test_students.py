@@ -103,6 +103,7 @@ def test_the_paper_s_recipe_asks_a_local_teacher(cli: Any, tmp_path: Path, save_
     cli(
         "generate-rationales",
         "recipes/t5-base.yaml",
+        f"student.model={model}",
         f"rationales.teacher.model={model}",
         "rationales.sampling.max_new_tokens=4",
         "task.data=cqa",  # a folder of the name that the exemplars have

@@ -12,6 +12,7 @@ import yaml
 
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.files import Journal
+from distill_llm.pipeline.rationale_stage import check, read_material
 from distill_llm.pipeline.run import generate_rationales
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.rationales.dataset import read_rows
@@ -167,6 +168,17 @@ def test_another_keep_rule_asks_the_teacher_nothing(recipe: Any, monkeypatch: py
     assert run.journal.read_bytes() == journal
     outcomes = [row.outcome for row in read_rows(run.rationales("train"))]
     assert outcomes == ["kept", "rule: agrees_with_label"] * 6
+
+
+@pytest.mark.parametrize(
+    "override", ["rationales.keep=[{kind: agrees_with_label}]", "rationales.sampling.temperature=0.5", "seed=5"]
+)
+def test_training_refuses_rationales_of_other_settings(recipe: Any, override: str) -> None:
+    run = generate_rationales(recipe())
+    splits = check(recipe())
+    assert read_material(recipe(), splits, run) is not None
+    with pytest.raises(ConfigError, match="made with another task, seed or `rationales` section"):
+        read_material(recipe(override), splits, run)
 
 
 def test_another_sampling_setting_asks_all_anew(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
