@@ -196,7 +196,8 @@ def main() -> NoReturn:
             sys.exit(done.exit_code)
         except (KeyboardInterrupt, Interrupted, typer.Abort) as stopped:
             _say_error(str(stopped) or "interrupted; what was finished is kept.")
-            Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
+            if _is_main_process():
+                Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
             sys.exit(Interrupted.exit_code)
         except DistillError as error:
             _say_error(str(error))
@@ -220,6 +221,9 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _typed() -> str:
+    """The command that resumes: the one that was typed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same torchrun command"
     return shlex.join(["distill-llm", *sys.argv[1:]])
 
 

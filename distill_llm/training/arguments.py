@@ -23,21 +23,30 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def rows_per_batch(spec: TrainSpec) -> int:
+    """Rows of one micro-batch: as many as the recipe allows that share a process's part of a step evenly.
+
+    Raises ConfigError where the step cannot be shared among the processes.
+    """
+    ranks = world_size()
+    if spec.rows_per_step % ranks:
+        raise ConfigError(
+            f"train.rows_per_step: {spec.rows_per_step} rows cannot be shared by {ranks} processes. Choose a multiple "
+            f"of {ranks}."
+        )
+    part = spec.rows_per_step // ranks
+    return next(rows for rows in range(min(spec.rows_per_batch, part), 0, -1) if part % rows == 0)
+
+
 def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool) -> TrainingArguments:
     """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks."""
-    ranks = world_size()
-    if spec.rows_per_step % (spec.rows_per_batch * ranks):
-        raise ConfigError(
-            f"train.rows_per_step: {spec.rows_per_step} rows cannot be shared by {ranks} processes with "
-            f"rows_per_batch {spec.rows_per_batch}. Choose a multiple of {spec.rows_per_batch * ranks}, or a smaller "
-            "rows_per_batch."
-        )
+    rows = rows_per_batch(spec)
     every = spec.validate_every or max(1, max_steps // 10)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,
-        per_device_train_batch_size=spec.rows_per_batch,
-        gradient_accumulation_steps=spec.rows_per_step // (spec.rows_per_batch * ranks),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=spec.rows_per_step // (rows * world_size()),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup_steps,
@@ -64,6 +73,7 @@ def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, 
         seed=seed,
         data_seed=seed,
         log_level="error",
+        log_level_replica="error",
     )
 
 

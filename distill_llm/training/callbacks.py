@@ -40,7 +40,7 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._progress.advance(self._name, state.max_steps, state.max_steps, self._note)
+        self._progress.advance(self._name, state.global_step, state.max_steps, self._note)
 
 
 class Clock(TrainerCallback):

@@ -39,6 +39,28 @@ def test_ten_lines(tmp_path: Path, shop: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+def test_the_trainer_by_hand_is_that_of_train(tmp_path: Path, shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same rows, same steps, same best checkpoint: the weights are equal, bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    from distill_llm import DistillTrainer, generate_rationales, load_recipe, student_trainer, train
+
+    monkeypatch.chdir(tmp_path)
+    trained = load_recipe(shop, ["train.max_steps=4"])
+    generate_rationales(trained)
+    expected = load_file(train(trained).model("student") / "model.safetensors")
+    by_hand = load_recipe(shop, ["train.max_steps=4", "run_dir=by-hand"])
+    generate_rationales(by_hand)
+    trainer = student_trainer(by_hand)
+    assert isinstance(trainer, DistillTrainer)
+    trainer.train()
+    weights = dict(trainer.model.named_parameters())
+    assert expected.keys() >= {"shared.weight"}
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not EXAMPLES, reason="README.md has no python block yet")
 def test_example_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
