@@ -97,7 +97,6 @@ def _score_arm(
     _agree_with_metric(recipe, material, predictions, right)
     lines = [json.dumps(asdict(one), ensure_ascii=False) for one in predictions.items]
     write_text(run.predictions(arm), "\n".join(lines) + "\n")
-    accuracy = trained["validation_accuracy"]
     facts = Facts(
         role=trained["role"],
         description=trained["description"],
@@ -107,7 +106,7 @@ def _score_arm(
         train_steps=trained["steps"],
         train_tokens=trained["tokens"],
         learning_rate=trained["learning_rate"],
-        validation_accuracy=None if math.isnan(accuracy) else accuracy,
+        validation_accuracy=trained["validation_accuracy"],
         examples_per_second=len(predictions.items) / predictions.seconds if predictions.seconds > 0 else None,
     )
     return facts, right

@@ -65,6 +65,13 @@ def train_arms(
     recipe: Recipe, material: Material, plan: Plan, run: RunFolder, names: Sequence[str], progress: Progress
 ) -> None:
     """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks."""
+    if all(example.label is None for example in material.splits.validation):
+        if recipe.train.tune:
+            raise ConfigError(
+                "train.tune: no validation example has a label, so that nothing can choose a learning rate. Give "
+                "labelled validation data (validation_data for jsonl), or remove `tune`."
+            )
+        progress.say("no validation example has a label: nothing is validated, and the last step is kept")
     waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, run)]
     rates = recipe.train.tune or (recipe.train.learning_rate,)
     trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in waiting for rate in rates]
@@ -98,7 +105,7 @@ def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: Ru
 
     if not is_main_process():
         return
-    best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"])
+    best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
     with storage(run.model(arm.name)):
         if (best.folder / "model").exists():
             shutil.rmtree(run.model(arm.name), ignore_errors=True)

@@ -106,8 +106,11 @@ def _open_teachers(trial: Trial, student: LoadedModel) -> dict[str, Any]:
     return {name: trial.recipe.teachers[name].open(facts) for name in sorted(wanted)}
 
 
-def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]]:
-    """The task's accuracy on the validation examples; every rank scores its share."""
+def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
+    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share."""
+    labelled = [example for example in trial.validation if example.label is not None]
+    if not labelled:
+        return None
     from distill_llm.core.progress import SILENT
     from distill_llm.evaluation.predict import predict
     from distill_llm.training.distributed import my_share, summed
@@ -115,7 +118,7 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
 
     def validate(model: Any) -> dict[str, float]:
-        part = my_share([example for example in trial.validation if example.label is not None])
+        part = my_share(labelled)
         right = 0
         if part:
             predictions = predict(

@@ -28,13 +28,14 @@ from distill_llm.training.trainer import DistillTrainer, Validate
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What one training came to. ``validation_accuracy`` is the best checkpoint's, at ``best_step``."""
+    """What one training came to. ``validation_accuracy`` is the best checkpoint's, at ``best_step``; None where nothing
+    was validated, and the last step is kept."""
 
     steps: int
     best_step: int
     tokens: int
     seconds: float
-    validation_accuracy: float
+    validation_accuracy: float | None
 
 
 def make_trainer(
@@ -108,7 +109,7 @@ def fit(
         best_step=state.best_global_step or state.global_step,
         tokens=trainer.step_sampler.tokens_until(state.global_step),
         seconds=round(seconds, 3),
-        validation_accuracy=state.best_metric if state.best_metric is not None else float("nan"),
+        validation_accuracy=state.best_metric,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,36 @@ def test_trained_arm_is_kept_and_another_plan_of_it_refused(plan: Any) -> None:
     assert read_json(run.result("part"))["description"] == "label"
     with pytest.raises(ConfigError, match=r"models/part: this arm was planned otherwise"):
         plan(ablation.format("rationale"), train=True)
+
+
+def _unlabelled(tmp_path: Path) -> list[str]:
+    """Overrides: twenty questions without labels, and a teacher's texts for them."""
+    rows = [{"id": str(i), "question": f"is {i} even ?"} for i in range(20)]
+    texts = [f"{i} has two halves . The answer is {'no' if i % 2 else 'yes'}." for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    task = {
+        "kind": "jsonl",
+        "data": str(tmp_path / "rows.jsonl"),
+        "fields": {"id": "id", "input": "question", "label": None},
+    }
+    teacher = {"kind": "replay", "files": {"train": str(tmp_path / "texts.json")}}
+    return [
+        f"task={json.dumps(task)}",
+        f"rationales.teacher={json.dumps(teacher)}",
+        "label_from=teacher",
+        "evaluate.teacher=false",
+    ]
+
+
+def test_without_validation_labels_the_last_step_is_kept(plan: Any, tmp_path: Path) -> None:
+    """An accuracy of nothing would be 0 at every checkpoint, and the first one would win."""
+    run, _ = plan(*_unlabelled(tmp_path), "train.max_steps=3", "train.validate_every=1", train=True)
+    result = read_json(run.result("student"))
+    assert result["validation_accuracy"] is None
+    assert result["best_step"] == result["steps"] == 3
+
+
+def test_without_validation_labels_nothing_can_be_tuned(plan: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.tune: no validation example has a label"):
+        plan(*_unlabelled(tmp_path), "train.tune=[1e-3, 1e-2]", train=True)
