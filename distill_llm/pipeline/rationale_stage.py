@@ -40,6 +40,10 @@ def check(recipe: Recipe) -> Splits:
     for teacher in recipe.teachers.values():
         teacher.check()
     check_student(recipe.student)
+    if recipe.train.report_to:
+        from distill_llm.training.arguments import check_reporters
+
+        check_reporters(recipe.train)
     return splits
 
 

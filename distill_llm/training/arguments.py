@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+_INSTALL = {"tensorboard": "'distill-llm[tensorboard]'", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_reporters(spec: TrainSpec) -> None:
+    """Raises ConfigError where a package that the logs should go to is not installed."""
+    for name in spec.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.report_to: {name} is not installed. Install it (pip install {_INSTALL[name]}), or remove it."
+            )
 
 
 def rows_per_batch(spec: TrainSpec) -> int:
@@ -66,7 +79,7 @@ def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, 
         restore_callback_states_from_checkpoint=True,  # or a resume would forget how long patience was tried
         logging_steps=max(1, min(50, every)),
         logging_nan_inf_filter=False,  # it would hide a NaN loss
-        report_to=list(spec.report_to) or "none",
+        report_to=[name for name in spec.report_to if name != "tensorboard"] or "none",  # train.py adds that one
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,

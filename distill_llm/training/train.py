@@ -76,7 +76,7 @@ def make_trainer(
         validate=validate,
         processing_class=student.tokenizer,
         optimizers=(make_optimizer(student.model, spec), None),
-        callbacks=_early_stopping(spec, validate),
+        callbacks=[*_early_stopping(spec, validate), *_tensorboard(spec, folder)],
     )
 
 
@@ -120,6 +120,16 @@ def collator_for(student: LoadedModel) -> Collator:
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:
     return [EarlyStoppingCallback(early_stopping_patience=spec.patience)] if spec.patience and validate else []
+
+
+def _tensorboard(spec: TrainSpec, folder: Path) -> list[TrainerCallback]:
+    """Logs beside the training's folder, which is gone when the best model is chosen."""
+    if "tensorboard" not in spec.report_to or not is_main_process():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder.parent / "tensorboard" / folder.name)))]
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,22 @@ def test_the_paper_s_recipe_with_replayed_texts(cli: Any, tmp_path: Path, save_t
     assert [entry.role for entry in card.entries] == ["teacher", "student", "control", "control"]
     assert (card.entries[0].accuracy, card.entries[0].parameters) == (1.0, None)
     assert {comparison.num_examples for comparison in card.comparisons} == {9}
+
+
+def test_logs_outlive_the_training(cli: Any, shop: str, tmp_path: Path) -> None:
+    """Each term's mean is in them; the checkpoints beside which Trainer would put them are gone."""
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cli("run", shop, "train.report_to=[tensorboard]", "evaluate.controls=[]")
+    (events,) = (tmp_path / "runs/tiny/models/student/tensorboard").rglob("events*")
+    log = EventAccumulator(str(events)).Reload()
+    assert {"train/loss_label", "train/loss_rationale", "eval/accuracy"} <= set(log.Tags()["scalars"])
+    assert log.Scalars("train/loss_label")[-1].step == 8
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_missing_logger_is_said_before_anything_is_written(cli: Any, shop: str, tmp_path: Path) -> None:
+    done = cli("run", shop, "train.report_to=[wandb]", expect=2)
+    assert "train.report_to: wandb is not installed. Install it (pip install wandb), or remove it." in done.stderr
+    assert not (tmp_path / "runs").exists()
