@@ -25,7 +25,8 @@ def _made(*words: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
-    _made("-m", "pip", "wheel", ROOT, "--no-deps", "--quiet", "-w", tmp_path / "wheels", cwd=tmp_path)
+    # pip runs in the root: `make` names its constraints file relative to it.
+    _made("-m", "pip", "wheel", ROOT, "--no-deps", "--quiet", "-w", tmp_path / "wheels", cwd=ROOT)
     (wheel,) = (tmp_path / "wheels").glob("distill_llm-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("recipes", "data"):
@@ -35,7 +36,7 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     assert not [name for name in held if name.startswith(("tests/", "recipes/", "data/"))]
 
     site = tmp_path / "site"
-    _made("-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel, cwd=tmp_path)
+    _made("-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel, cwd=ROOT)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     where = {"PYTHONPATH": str(site)}
