@@ -83,8 +83,13 @@ def read_tokenizer(source: str, revision: str = "main", *, where: str) -> Any:
 
 
 def read_config(source: str, revision: str = "main", *, where: str) -> Any:
+    """The config of a model; that of an adapter is its base's, which it is merged into."""
     from transformers import AutoConfig
 
+    if _is_adapter(source):
+        from distill_llm.models.lora import base_of
+
+        return read_config(*base_of(source), where=f"{where} (base of the adapter)")
     return _from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config")
 
 
@@ -108,13 +113,9 @@ def revision_of(source: str, asked: str = "main", *, where: str) -> str:
 
 
 def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
-    """Parameters of a model, from its config alone; an adapter counts as its base, which it is merged into."""
+    """Parameters of a model, from its config alone."""
     import torch
 
-    if _is_adapter(source):
-        from distill_llm.models.lora import base_of
-
-        return count_parameters(*base_of(source), where=f"{where} (base of the adapter)")
     config = read_config(source, revision, where=where)
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)

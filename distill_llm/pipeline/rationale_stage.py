@@ -34,6 +34,11 @@ def check(recipe: Recipe) -> Splits:
     Called before anything is written, and before a teacher is asked for money or hours. Loads no weights.
     """
     splits = recipe.task.load(recipe.seed)
+    if recipe.train.tune and all(example.label is None for example in splits.validation):
+        raise ConfigError(
+            "train.tune: no validation example has a label, so that nothing can choose a learning rate. Give "
+            "labelled validation data (validation_data for jsonl), or remove `tune`."
+        )
     if recipe.rationales is not None:
         make_prompter(recipe.rationales.prompt)
         recipe.rationales.teacher.check()

@@ -74,11 +74,12 @@ def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Pr
 def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
     """All stages: rationales, the student with its ablations and controls, the scorecard. Resumes at the first that is
     unfinished."""
-    from distill_llm.pipeline.score_stage import score
+    from distill_llm.pipeline.score_stage import check_test_labels, score
 
     _one_process("run")
     quiet_libraries()
     splits = check(recipe)
+    check_test_labels(splits)  # before hours are spent on what could not be scored
     folder = claim(recipe)
     material = gather(recipe, splits, folder, progress)
     _train(recipe, material, folder, ["all"], progress)

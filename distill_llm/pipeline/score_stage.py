@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill_llm.core.errors import ConfigError, DataError
+from distill_llm.core.example import Splits
 from distill_llm.core.files import read_json, write_text
 from distill_llm.core.progress import Progress
 from distill_llm.evaluation.metric import load_metric, metric_name
@@ -27,13 +28,18 @@ from distill_llm.recipe.recipe import Recipe
 TEACHER = "teacher"
 
 
+def check_test_labels(splits: Splits) -> None:
+    """Raises DataError where the test split has an example without a label."""
+    if any(example.label is None for example in splits.test):
+        raise DataError("the test split has examples without a label: nothing can be scored on them. Add the labels.")
+
+
 def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress) -> Scorecard:
     """Scores what is trained. Raises ConfigError without a trained student, DataError without test labels."""
     arms = run.trained_arms()
     if STUDENT not in arms:
         raise ConfigError(f"{run.root}: no student is trained here yet. Type: distill-llm train {run.recipe}")
-    if any(example.label is None for example in material.splits.test):
-        raise DataError("the test split has examples without a label: nothing can be scored on them. Add the labels.")
+    check_test_labels(material.splits)
     results: dict[str, tuple[Facts, list[bool]]] = {}
     if material.test_answers:
         results[TEACHER] = _score_teacher(recipe, material, run)

@@ -66,11 +66,6 @@ def train_arms(
 ) -> None:
     """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks."""
     if all(example.label is None for example in material.splits.validation):
-        if recipe.train.tune:
-            raise ConfigError(
-                "train.tune: no validation example has a label, so that nothing can choose a learning rate. Give "
-                "labelled validation data (validation_data for jsonl), or remove `tune`."
-            )
         progress.say("no validation example has a label: nothing is validated, and the last step is kept")
     waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, run)]
     rates = recipe.train.tune or (recipe.train.learning_rate,)

@@ -21,7 +21,7 @@ from distill_llm.objective import Objective
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
-from distill_llm.training.arguments import is_main_process, make_arguments, make_optimizer, rows_per_batch, world_size
+from distill_llm.training.arguments import is_main_process, make_arguments, make_optimizer, world_size
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.trainer import DistillTrainer, Validate
 
@@ -57,7 +57,7 @@ def make_trainer(
     sampler = StepSampler(
         rows,
         rows_per_step=spec.rows_per_step,
-        rows_per_batch=rows_per_batch(spec),
+        rows_per_batch=arguments.per_device_train_batch_size,
         max_steps=max_steps,
         seed=seed,
         ranks=world_size(),

@@ -23,6 +23,9 @@ from distill_llm.models.load import (
 from distill_llm.models.lora import add_lora
 from distill_llm.models.spec import FreshTokenizer, LoraSpec, StudentSpec
 from distill_llm.models.tokenizer import train_tokenizer
+from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.frozen import Frozen
+from distill_llm.teachers.transformers import Transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -228,6 +231,18 @@ def test_an_adapter_folder_has_the_size_and_the_precision_of_its_model(
     folder = _save(LoadedModel(student, before.tokenizer), tmp_path / "adapter")
     assert count_parameters(folder, where="teachers.big") == before.num_parameters
     assert load_model(folder, where="x", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_an_adapter_folder_can_teach(tiny_t5: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    """Its config is its base's: both kinds of teacher find it, before and when they are opened."""
+    before = tiny_t5(seed=3)
+    student = _with_adapter(before, _save(before, tmp_path / "base"))
+    folder = _save(LoadedModel(student, before.tokenizer), tmp_path / "adapter")
+    Transformers(model=folder).check()
+    frozen = Frozen(model=folder)
+    frozen.check()
+    facts = StudentFacts(before.tokenizer.get_vocab(), True, before.model.config.vocab_size, "cpu")
+    assert frozen.open(facts) is not None
 
 
 def test_an_adapter_remembers_the_revision_of_its_base(tiny_t5: Callable[..., LoadedModel], tmp_path: Path) -> None:

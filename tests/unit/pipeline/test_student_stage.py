@@ -13,6 +13,7 @@ from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
 from distill_llm.models.load import read_tokenizer
 from distill_llm.pipeline.rationale_stage import check, gather
+from distill_llm.pipeline.run import run as run_recipe
 from distill_llm.pipeline.run_folder import RunFolder, claim
 from distill_llm.pipeline.student_stage import Plan, make_plan, train_arms
 from distill_llm.recipe.load import parse_yaml, recipe_from
@@ -114,3 +115,10 @@ def test_without_validation_labels_the_last_step_is_kept(plan: Any, tmp_path: Pa
 def test_without_validation_labels_nothing_can_be_tuned(plan: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.tune: no validation example has a label"):
         plan(*_unlabelled(tmp_path), "train.tune=[1e-3, 1e-2]", train=True)
+
+
+def test_unlabelled_test_data_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path / 'run'}", *_unlabelled(tmp_path)]
+    with pytest.raises(DataError, match="the test split has examples without a label"):
+        run_recipe(recipe_from(parse_yaml(YAML, "tiny"), overrides))
+    assert not (tmp_path / "run").exists()
