@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
 from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from distill_llm.models.spec import HubConfig, StudentSpec
+
+Bits: TypeAlias = Literal["full", "8bit", "4bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,71 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
     config = read_config(source, revision, where=where)
     model_class = _auto_class(config)
     return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+
+
+def load_on(device: str, source: str, revision: str, *, where: str, dtype: str, load_in: Bits = "full") -> Any:
+    """A model for inference, on a device that ``choose_device`` gave; ``load_in``: fewer bits a weight."""
+    if load_in == "full":
+        return load_model(source, revision, where=where, dtype=dtype).to(device)
+    from transformers import BitsAndBytesConfig
+
+    check_bits(source, load_in, where=where)
+    if dtype == "auto":  # of what is not quantized; each is the one that its kernels compute in
+        dtype = "float16" if load_in == "8bit" else "bfloat16"
+    if load_in == "8bit":
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model_class = _auto_class(read_config(source, revision, where=where))
+    options = {"quantization_config": bits, "device_map": {"": device}, "dtype": dtype}
+    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+
+
+def check_bits(source: str, load_in: Bits, *, where: str) -> None:
+    """Raises ConfigError where the weights of ``source`` cannot be loaded in so few bits."""
+    if load_in == "full":
+        return
+    need("bitsandbytes", "quantize", where=f"{where} (load_in: {load_in})")
+    if _is_adapter(source):
+        raise ConfigError(
+            f"{where}: '{source}' is a folder with an adapter, which has to be merged into full weights. Set "
+            "`load_in: full`, or merge the adapter and save the whole model first."
+        )
+
+
+def choose_device(asked: str, *, where: str) -> str:
+    """The device that ``asked`` names; of `auto`, this process's own GPU, or the CPU where there is none."""
+    import torch
+
+    known = ("auto", "cpu", "mps", "cuda")
+    kind, _, number = asked.partition(":")
+    if kind not in known or (number and (kind != "cuda" or not number.isdecimal())) or asked.endswith(":"):
+        raise ConfigError(f"{where}: '{asked}' is no device. Expected auto, cpu, cuda, cuda:NUMBER or mps.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
+    if (kind == "cuda" and int(number or 0) >= count) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ConfigError(
+            f"{where}: '{asked}' is not here: torch {torch.__version__} sees {count} CUDA devices and "
+            f"{'an' if torch.backends.mps.is_available() else 'no'} MPS device. Use `auto`, or install a torch that "
+            "fits the machine."
+        )
+    return asked
+
+
+def context_tokens(config: Any) -> int | None:
+    """The longest input that a model has positions for; None where its positions are relative.
+
+    Of a decoder-only model this is input and output together, of an encoder-decoder the input alone.
+    """
+    text = config.get_text_config()
+    if hasattr(text, "relative_attention_num_buckets"):  # T5: its n_positions only says how it was trained
+        return None
+    for name in ("max_encoder_position_embeddings", "max_position_embeddings"):
+        found = getattr(text, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
 
 
 def revision_of(source: str, asked: str = "main", *, where: str) -> str:

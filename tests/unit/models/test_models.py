@@ -23,7 +23,7 @@ from distill_llm.models.load import (
 from distill_llm.models.lora import add_lora
 from distill_llm.models.spec import FreshTokenizer, LoraSpec, StudentSpec
 from distill_llm.models.tokenizer import train_tokenizer
-from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.base import Sampling, StudentFacts
 from distill_llm.teachers.frozen import Frozen
 from distill_llm.teachers.transformers import Transformers
 
@@ -238,10 +238,10 @@ def test_an_adapter_folder_can_teach(tiny_t5: Callable[..., LoadedModel], tmp_pa
     before = tiny_t5(seed=3)
     student = _with_adapter(before, _save(before, tmp_path / "base"))
     folder = _save(LoadedModel(student, before.tokenizer), tmp_path / "adapter")
-    Transformers(model=folder).check()
+    Transformers(model=folder).check(chat=False, sampling=Sampling())
     frozen = Frozen(model=folder)
     frozen.check()
-    facts = StudentFacts(before.tokenizer.get_vocab(), True, before.model.config.vocab_size, "cpu")
+    facts = StudentFacts(before.tokenizer.get_vocab(), True, "cpu")
     assert frozen.open(facts) is not None
 
 
