@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,17 @@ from distill_llm.core.errors import DataError
 from distill_llm.tasks.hub import hub_splits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from distill_llm.tasks.base import SplitName
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+USUAL_STEMS: Mapping[SplitName, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+}
+"""What files of splits are called where nothing else was agreed."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -97,67 +105,94 @@ def read_splits(data: str, layout: Layout) -> dict[SplitName, list[Row]]:
 
 def read_file(path: Path) -> list[Row]:
     """All rows of one file; the suffix says how to read it, and a ``.json`` may hold a list or JSON lines."""
-    readers = {".json": _json, ".jsonl": _json, ".csv": _csv, ".parquet": _parquet}
+    return list(stream_file(path))
+
+
+def stream_file(path: Path, *, bare_field: str = "") -> Iterator[Row]:
+    """The rows of one file one by one; only a list in a JSON file is in memory as a whole.
+
+    ``bare_field``: a text, or a list of texts, that stands where JSON should have an object is that field of a row.
+    """
+    json_rows = partial(_json, bare_field=bare_field)
+    readers = {".json": json_rows, ".jsonl": json_rows, ".csv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot read '{path.suffix}' files. Expected {_kinds()}: convert the file.")
+    where, number = str(path), 0
     try:
-        rows = [Row(fields, str(path), i + 1) for i, fields in enumerate(reader(path))]
+        for number, fields in enumerate(reader(path), start=1):
+            yield Row(fields, where, number)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}. Check the file and its rights.") from error
-    if not rows:
+    if not number:
         raise DataError(f"{path}: it has no rows. Expected at least one: check that the file was written completely.")
-    return rows
 
 
-def _folder(path: Path, layout: Layout) -> dict[SplitName, list[Row]]:
-    found: dict[SplitName, list[Row]] = {}
-    for split, stems in layout.stems.items():
-        names = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        file = next((path / name for name in names if (path / name).is_file()), None)
+def split_files(folder: Path, stems: Mapping[SplitName, tuple[str, ...]]) -> dict[SplitName, Path]:
+    """The file of each split that ``folder`` has, by its name without the suffix; the first of ``stems`` counts."""
+    found: dict[SplitName, Path] = {}
+    for split, names in stems.items():
+        files = [folder / f"{stem}{suffix}" for stem in names for suffix in SUFFIXES]
+        file = next((file for file in files if file.is_file()), None)
         if file is not None:
-            found[split] = read_file(file)
-        elif split == "train":
-            raise DataError(
-                f"folder {path}: no training file. Expected {' or '.join(stems)} with one of {', '.join(SUFFIXES)}; it "
-                f"has {sorted(entry.name for entry in path.iterdir())[:20]}. Rename the file, or name it as `data`."
-            )
+            found[split] = file
     return found
 
 
-def _json(path: Path) -> Iterator[Mapping[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        yield from _json_list(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: not valid JSON ({error}). Expected one object a line, or one list in the whole "
-                "file: correct the line."
-            ) from error
-        yield _object(row, f"{path}:{number}")
+def _folder(path: Path, layout: Layout) -> dict[SplitName, list[Row]]:
+    files = split_files(path, layout.stems)
+    if "train" in layout.stems and "train" not in files:
+        raise DataError(
+            f"folder {path}: no training file. Expected {' or '.join(layout.stems['train'])} with one of "
+            f"{', '.join(SUFFIXES)}; it has {sorted(entry.name for entry in path.iterdir())[:20]}. Rename the file, or "
+            "name it as `data`."
+        )
+    return {split: read_file(file) for split, file in files.items()}
 
 
-def _json_list(path: Path, text: str) -> Iterator[Mapping[str, Any]]:
+def _json(path: Path, bare_field: str) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            yield from _json_list(path, file.read(), bare_field)
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number}: not valid JSON ({error}). Expected one object a line, or one list in the whole "
+                    "file: correct the line."
+                ) from error
+            yield _object(row, f"{path}:{number}", bare_field)
+
+
+def _json_list(path: Path, text: str, bare_field: str) -> Iterator[Mapping[str, Any]]:
     try:
         rows = json.loads(text)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        raise DataError(f"{path}:{line}: not valid JSON ({error}). Expected one list of objects.") from error
+        expected = "objects or texts" if bare_field else "objects"
+        raise DataError(f"{path}:{line}: not valid JSON ({error}). Expected one list of {expected}.") from error
     for number, row in enumerate(rows, start=1):
-        yield _object(row, f"{path}, row {number}")
+        yield _object(row, f"{path}, row {number}", bare_field)
 
 
-def _object(row: object, where: str) -> Mapping[str, Any]:
+def _object(row: object, where: str, bare_field: str) -> Mapping[str, Any]:
+    if bare_field and isinstance(row, str | list):
+        return {bare_field: row}
     if not isinstance(row, dict):
-        raise DataError(f'{where}: it is a {type(row).__name__}. Expected an object such as {{"question": "..."}}.')
+        expected = " or a text" if bare_field else ""
+        raise DataError(
+            f'{where}: it is a {type(row).__name__}. Expected an object such as {{"question": "..."}}{expected}.'
+        )
     return row
 
 
@@ -181,7 +216,9 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     from pyarrow import parquet
 
     try:
-        yield from parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error}). Write it again.") from error
 

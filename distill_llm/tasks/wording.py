@@ -24,6 +24,17 @@ def few_shot(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
+def bare_question(prompt: str) -> str:
+    """The question in a prompt that ``few_shot`` framed; any other prompt as it is."""
+    framed = prompt.startswith("Q: ") and prompt.endswith("\nA:")
+    return prompt[3:-3] if framed else prompt
+
+
+def reworded(prompt: str, question: str) -> str:
+    """Another question in the frame of ``prompt``."""
+    return question if bare_question(prompt) == prompt else few_shot(question)
+
+
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """A question with its choices in lines ``(a) text``."""
     return f"{question}\nAnswer Choices:\n{lettered(choices)}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from distill_llm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
-    from distill_llm.core.signals import Batch, Signals
+    from distill_llm.core.signals import Batch, LazySignals, Signals
     from distill_llm.tasks.base import Task
 
 
@@ -25,26 +25,69 @@ class Sampling(Component):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, gt=0)
     stop: tuple[str, ...] = Field(default=(), description="text at which a completion ends")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=100, description="keep the log-probabilities of so many likeliest tokens at each place"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Prompt: TypeAlias = str | tuple[Message, ...]
+"""What a teacher reads: plain text to go on with, or a chat whose last turn is the user's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to be had; ``sample`` counts from 0."""
+    """One completion to be had; ``sample`` counts from 0. ``hinted``: the prompt tells the gold label.
+
+    ``key`` holds all that decides the text, the seed of sampling included: a teacher that draws, draws by it.
+    """
 
     key: str
     example: Example
     split: str
     sample: int
-    prompt: str
+    prompt: Prompt
+    hinted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probabilities (nats, at temperature 1) of T generated tokens and of the likeliest ones at each place.
+
+    A token is an id of the teacher's tokenizer where the backend tells it, its text otherwise.
+    """
+
+    tokens: tuple[int | str, ...]
+    logprobs: tuple[float, ...]
+    top_tokens: tuple[tuple[int | str, ...], ...]
+    top_logprobs: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Raw text, as the teacher wrote it."""
+    """Raw text, as the teacher wrote it, without the stop string. ``cut``: it ran into ``max_new_tokens``."""
 
     text: str
     tokens_in: int = 0
     tokens_out: int = 0
+    cut: bool = False
+    retries: int = 0
+    scores: TokenScores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that came to nothing after all retries; the next run asks again."""
+
+    reason: str
+    retries: int = 0
 
 
 class TextTeacher(Protocol):
@@ -52,8 +95,12 @@ class TextTeacher(Protocol):
 
     identity: str
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
-        """Completions in any order, each given as soon as it is there, so that it can be journaled."""
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """What came of each request, in any order, as soon as it is there, so that it can be journaled.
+
+        Requests are taken as there is room for them: a budget ends them early, and each that was taken comes back.
+        Raises TeacherError where asking on is no use (wrong key, model gone).
+        """
         ...
 
 
@@ -64,9 +111,24 @@ class TextTeacherSpec(Component):
     """It repeats gold labels, so that scoring it would say nothing."""
     computes: ClassVar[bool] = True
     """It writes while it is asked, so that its speed means something."""
+    manner: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how it is asked, not what it writes: they may change between two runs."""
 
-    def check(self) -> None:
-        """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
+    licence: str = Field(default="", description="of what it writes, for cards; empty: that of the model where known")
+
+    def check(self, *, chat: bool, sampling: Sampling) -> None:
+        """Raises ConfigError where it cannot be had, or cannot do what is asked. Loads no weights, costs nothing.
+
+        Called before anything is written. ``chat``: the prompts are chats.
+        """
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int] | None:
+        """Tokens of each prompt as the teacher counts them; None where nobody knows before it is asked."""
+        return None
+
+    def max_prompt_tokens(self, sampling: Sampling) -> int | None:
+        """The longest prompt that leaves room for a completion; None where nobody knows."""
+        return None
 
     @abstractmethod
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
@@ -79,11 +141,13 @@ class TextTeacherSpec(Component):
 
 @dataclass(frozen=True, slots=True)
 class TeacherFacts:
-    """``parameters`` and ``num_bytes`` (of its weights on disk) are None where nobody can know."""
+    """``parameters`` and ``num_bytes`` (of its weights on disk) are None, texts empty, where nobody can know."""
 
     name: str
     parameters: int | None = None
     num_bytes: int | None = None
+    revision: str = ""
+    licence: str = ""
 
 
 class TensorTeacher(Protocol):
@@ -91,6 +155,15 @@ class TensorTeacher(Protocol):
 
     def signals(self, batch: Batch) -> Signals:
         """Its signals at the supervised tokens of ``batch``, without gradient."""
+        ...
+
+
+@runtime_checkable
+class LazyTeacher(TensorTeacher, Protocol):
+    """One whose logits can wait until they are compared, chunk by chunk."""
+
+    def lazy_signals(self, batch: Batch) -> LazySignals:
+        """The same, without logits yet."""
         ...
 
 
@@ -115,11 +188,15 @@ class StudentFacts:
 
     vocabulary: dict[str, int]
     is_encoder_decoder: bool
-    vocab_size: int
     device: str
 
+    @property
+    def width(self) -> int:
+        """Words that a loss compares: entries of a head beyond the tokenizer's mean nothing, and differ by model."""
+        return max(self.vocabulary.values()) + 1
+
     def must_share(self, vocabulary: dict[str, int], config: Any, where: str) -> None:
-        """Raises ConfigError where families, token ids or head widths differ: losses would compare other words."""
+        """Raises ConfigError where families or token ids differ: losses would compare other words."""
         if config.is_encoder_decoder != self.is_encoder_decoder:
             names = {True: "an encoder-decoder", False: "decoder-only"}
             raise ConfigError(
@@ -134,8 +211,8 @@ class StudentFacts:
                 f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
                 f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or teach by text."
             )
-        if config.vocab_size != self.vocab_size:
+        if config.vocab_size < self.width:
             raise ConfigError(
-                f"{where}: the heads have {config.vocab_size} (teacher) and {self.vocab_size} (student) entries, "
-                "although the tokenizers are the same: one is padded further. Choose models padded alike."
+                f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {self.width}: some words "
+                "have no logit. Choose a tokenizer that belongs to the model."
             )

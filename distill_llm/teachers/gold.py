@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from distill_llm.core.errors import TeacherError
+from distill_llm.core.errors import ConfigError, TeacherError
 from distill_llm.teachers.base import Completion, Request, Sampling, TeacherFacts, TextTeacher, TextTeacherSpec
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class GoldTeacher:
     def __init__(self, task: Task):
         self._task = task
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
         for request in requests:
             example = request.example
             if example.rationale is None or example.label is None:
@@ -40,8 +40,15 @@ class Gold(TextTeacherSpec):
     knows_answers: ClassVar[bool] = True
     computes: ClassVar[bool] = False
 
+    def check(self, *, chat: bool, sampling: Sampling) -> None:
+        if sampling.top_logprobs:
+            raise ConfigError(
+                "rationales.sampling.top_logprobs: rationales.teacher of kind gold repeats the data and has no "
+                "log-probabilities. Set it to 0, or choose a teacher that computes."
+            )
+
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
         return GoldTeacher(task)
 
     def describe(self) -> TeacherFacts:
-        return TeacherFacts("gold")
+        return TeacherFacts("gold", licence=self.licence)
