@@ -17,12 +17,15 @@ from rich.console import Console
 
 from distill_llm.cli import recipes
 from distill_llm.core.errors import DistillError, Interrupted
+from distill_llm.core.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
     from distill_llm.cli.progress import TerminalProgress
     from distill_llm.evaluation.scorecard import Scorecard
 
 QUICKSTART = ("teacher", "scarce", "ample")
+_wanted = {"quiet": False}
+"""What the options before the command say."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,24 +63,56 @@ def quickstart(overrides: Overrides = None) -> None:
 
 
 @app.command("generate-rationales")
-def generate_rationales(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice."""
+def generate_rationales(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show a prompt, requests and cost; ask nothing")] = False,
+) -> None:
+    """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice; works under torchrun."""
+    from distill_llm.cli.rationales import show_funnel, show_ledger, show_preview
     from distill_llm.core.files import read_json
     from distill_llm.pipeline.run import generate_rationales as generate
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from distill_llm.pipeline.preview import preview_rationales
+
+        show_preview(preview_rationales(loaded), _console())
+        return
     with _progress() as progress:
         run = generate(loaded, progress=progress)
-    for split, counts in read_json(run.funnel).items():
-        shown = ", ".join(
-            f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:,}"
-            for name, value in counts.items()
-            if value is not None
-        )
-        _console().print(f"{split}: {shown}", highlight=False)
+    if not is_main_process():
+        return
+    show_funnel(read_json(run.funnel), _console())
+    show_ledger(read_json(run.spent), _console())
     _console().print(f"Rationales: {run.rationales('train')}", highlight=False)
     _next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
+
+
+@app.command("push-rationales")
+def push_rationales(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
+    repo_id: Annotated[str, typer.Option(help="the data set's name on the Hub: owner/name")],
+    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
+    licence: Annotated[str, typer.Option(help="the licence that you give the data set, such as cc-by-4.0")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
+) -> None:
+    """Push a run's rationale data set, with its card, to the Hugging Face Hub in one commit."""
+    from distill_llm.cli.rationales import show_uploads
+    from distill_llm.pipeline.publish import licence_warnings, plan_push
+    from distill_llm.pipeline.publish import push_rationales as push
+
+    _, recipe, files = plan_push(run)
+    for warning in licence_warnings(recipe):
+        _console().print(f"[yellow]warning:[/yellow] {_plain(warning)}", highlight=False, soft_wrap=True)
+    if dry_run:
+        show_uploads(files, _console())
+        return
+    pushed = push(run, repo_id, private=not public, licence=licence)
+    kind = "private" if pushed.private else "public"
+    done = f"Pushed ({kind})" if pushed.changed else f"Nothing to do, all of it is there ({kind})"
+    _console().print(f"{done}: {pushed.url}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -115,6 +150,21 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     """All stages, with ablations and controls. Resumes at the first that is unfinished."""
     card, folder = _run(recipe, overrides or [])
     _show(card, folder)
+
+
+@app.command()
+def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Examine a recipe before hours are spent on it. Exit code 0: it may run; 1: it may not."""
+    from distill_llm.cli.doctor import show_diagnosis
+    from distill_llm.core.quiet import quiet_libraries
+    from distill_llm.pipeline.doctor import examine
+    from distill_llm.recipe.load import load_recipe
+
+    quiet_libraries()
+    diagnosis = examine(load_recipe(recipe, overrides or []))
+    show_diagnosis(diagnosis, _console())
+    if not diagnosis.may_run:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -158,18 +208,14 @@ def _next(command: str) -> None:
     _console().print(f"Next: [bold]{command}[/bold]", highlight=False)
 
 
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _console() -> Console:
-    return Console(quiet=not _is_main_process())
+    return Console(quiet=not is_main_process())
 
 
 def _progress() -> TerminalProgress:
     from distill_llm.cli.progress import TerminalProgress
 
-    return TerminalProgress(_console())
+    return TerminalProgress(Console(quiet=_wanted["quiet"] or not is_main_process()))
 
 
 def _version(wanted: bool) -> None:
@@ -182,21 +228,25 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="no progress: only results and errors, for logs")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show it")] = False,
 ) -> None:
-    pass
+    del version  # its callback has shown it
+    _wanted["quiet"] = quiet
 
 
 def main() -> NoReturn:
-    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong use or recipe, 3 budget used up, 130 interrupted."""
     with _terminated_like_interrupted():
         try:
-            app(standalone_mode=False)
+            code = app(standalone_mode=False)  # what a typer.Exit says, else nothing
         except typer.Exit as done:
             sys.exit(done.exit_code)
         except (KeyboardInterrupt, Interrupted, typer.Abort) as stopped:
             _say_error(str(stopped) or "interrupted; what was finished is kept.")
-            if _is_main_process():
+            if is_main_process():
                 Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
             sys.exit(Interrupted.exit_code)
         except DistillError as error:
@@ -205,7 +255,7 @@ def main() -> NoReturn:
         except typer.TyperException as error:  # wrong use
             _show_usage(error)
             sys.exit(2)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
@@ -222,7 +272,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 def _typed() -> str:
     """The command that resumes: the one that was typed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         return "the same torchrun command"
     return shlex.join(["distill-llm", *sys.argv[1:]])
 

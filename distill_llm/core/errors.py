@@ -33,6 +33,12 @@ class TeacherError(DistillError, RuntimeError):
     """A teacher cannot give what was asked of it."""
 
 
+class BudgetReached(DistillError):
+    """The budget is used up before all was asked; what came back is kept."""
+
+    exit_code: ClassVar[int] = 3
+
+
 class Interrupted(DistillError):
     """The user stopped the work; what was finished is on disk."""
 

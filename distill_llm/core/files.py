@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, append-only journals, fingerprints."""
+"""Files that are whole or absent: atomic writes, fingerprints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,49 +94,3 @@ def file_fingerprint(path: Path) -> str:
     """16 hexadecimal digits of a file's content, all of it: weights may differ in the middle alone."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-class Journal:
-    """An append-only file of JSON lines, each with a ``key``; what was appended survives a kill.
-
-    A last line that was torn by a kill is cut off when the journal is opened. A torn line anywhere else is an error.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        with storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_tail(path)
-        self.entries: dict[str, Mapping[str, Any]] = {entry["key"]: entry for entry in self._read()}
-
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Writes one entry through to the operating system before it returns."""
-        line = json.dumps(entry, ensure_ascii=False) + "\n"
-        with storage(self.path), self.path.open("ab") as file:
-            file.write(line.encode())
-        self.entries[entry["key"]] = entry
-
-    def _read(self) -> Iterator[Mapping[str, Any]]:
-        if not self.path.exists():
-            return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-            try:
-                entry = json.loads(line)
-                entry["key"]
-            except (ValueError, KeyError, TypeError):
-                raise StorageError(
-                    f"{self.path}:{number}: not a line of a journal: {line[:80]!r}. The file was changed by hand or "
-                    "damaged: delete that line; what it held is asked for again."
-                ) from None
-            yield entry
-
-
-def _cut_torn_tail(path: Path) -> None:
-    """Drops what stands behind the last line end: it was never written whole."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-from distill_llm.training.arguments import is_main_process, world_size
 
 T = TypeVar("T")
 
 
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
 def my_share(items: Sequence[T]) -> Sequence[T]:
     """Every so-manieth item, from this process's own place on."""
-    import os
-
-    return items[int(os.environ.get("RANK", "0")) :: world_size()]
+    return items[rank() :: world_size()]
 
 
 def summed(*numbers: int) -> tuple[int, ...]:
@@ -29,20 +39,24 @@ def summed(*numbers: int) -> tuple[int, ...]:
     return tuple(total.tolist())
 
 
-def main_first(work: Callable[[], None]) -> None:
-    """Runs ``work`` in the main process alone; the others wait until it is done."""
+def main_first(work: Callable[[], None], *, patience: datetime.timedelta | None = None) -> None:
+    """Runs ``work`` in the main process alone; the others wait until it is done, all for each other before.
+
+    ``patience`` is how long the first call of a program lets them wait, where the backend's minutes are too short.
+    """
     if world_size() == 1:
         work()
         return
-    state = _state()
+    state = _state(patience)
+    state.wait_for_everyone()
     if is_main_process():
         work()
     state.wait_for_everyone()
 
 
-def _state() -> Any:
+def _state(patience: datetime.timedelta | None = None) -> Any:
     """The group of all processes. Without being told of the CPU, accelerate makes none there, and waits for nobody."""
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), **({"timeout": patience} if patience else {}))

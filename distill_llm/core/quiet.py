@@ -14,7 +14,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
         os.environ.setdefault(f"{name}_VERBOSITY", "error")
-    for name in ("transformers", "datasets", "accelerate", "huggingface_hub", "httpx"):
+    for name in ("transformers", "datasets", "accelerate", "huggingface_hub", "httpx", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     warnings.filterwarnings("ignore", category=FutureWarning)

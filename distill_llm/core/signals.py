@@ -1,37 +1,112 @@
 """What one model says about the supervised tokens of a batch. The only place that shifts and masks.
 
-B rows, T positions, N supervised tokens, V vocabulary, D hidden size.
+B rows, T positions, N supervised tokens, M of them, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from distill_llm.core.example import TARGETS
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 Batch = dict[str, Any]
-"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``targets`` [B] (index into TARGETS);
-``decoder_input_ids`` [B, T] too where the model is an encoder-decoder."""
+"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS) and ``agreement``
+[B] (of the votes, 1 without any); ``decoder_input_ids`` [B, T] too where the model is an encoder-decoder."""
 
 IGNORE_INDEX = -100
-_BOOKKEEPING = ("labels", "targets")
+_BOOKKEEPING = ("labels", "targets", "agreement")
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """One model's outputs at N supervised tokens, in row order."""
+    """One model's outputs at N supervised tokens, in row order. ``agreement`` is that of the token's row."""
 
     logits: Float[Tensor, "N V"]
     token_ids: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
+    agreement: Float[Tensor, " N"] | None = None
 
     def where(self, keep: Bool[Tensor, " N"]) -> Signals:
         if bool(keep.all()):
             return self
-        return Signals(self.logits[keep], self.token_ids[keep], self.targets[keep])
+        agreement = None if self.agreement is None else self.agreement[keep]
+        return Signals(self.logits[keep], self.token_ids[keep], self.targets[keep], agreement)
+
+    def narrowed(self, width: int) -> Signals:
+        """Over the first ``width`` words alone: heads may be padded beyond the tokenizer, each model's by its own."""
+        return self if self.logits.size(-1) == width else replace(self, logits=self.logits[:, :width])
+
+    def of_target(self, target: int) -> Signals:
+        """The tokens of one target (index into TARGETS), in row order."""
+        return self.where(self.targets == target)
+
+    def part(self, start: int, stop: int) -> Signals:
+        """The tokens from ``start`` on, up to ``stop``."""
+        agreement = None if self.agreement is None else self.agreement[start:stop]
+        return Signals(self.logits[start:stop], self.token_ids[start:stop], self.targets[start:stop], agreement)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The N supervised tokens of a batch, those of one target together, in row order within it.
+
+    The logits that predict a token stand at its ``rows`` and ``columns``. ``spans`` says from where to where each
+    target goes (index into TARGETS; those without a token are left out), and is known without asking the device again.
+    """
+
+    rows: Int[Tensor, " N"]
+    columns: Int[Tensor, " N"]
+    token_ids: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    spans: Mapping[int, tuple[int, int]]
+    agreement: Float[Tensor, " N"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LazySignals:
+    """Signals whose logits are made where they are used, a few tokens at a time: all of them would not fit.
+
+    ``weights`` are those of the head that learn. ``anchor`` is a zero through which each weight gets a gradient where
+    no term has a token. ``chunk_tokens`` says how many tokens at once.
+    """
+
+    tokens: Tokens
+    hidden: Float[Tensor, "N D"]
+    make_logits: Callable[[Tensor], Tensor]
+    weights: tuple[Tensor, ...]
+    anchor: Float[Tensor, ""]
+    chunk_tokens: int
+
+    def said(self, start: int, stop: int, hidden: Float[Tensor, "M D"]) -> Signals:
+        """The tokens from ``start`` on, up to ``stop``, as the head reads them from ``hidden``."""
+        tokens = self.tokens
+        agreement = None if tokens.agreement is None else tokens.agreement[start:stop]
+        logits = self.make_logits(hidden)
+        return Signals(logits, tokens.token_ids[start:stop], tokens.targets[start:stop], agreement)
+
+    def of_target(self, target: int) -> TargetSignals:
+        """The tokens of one target (index into TARGETS)."""
+        return TargetSignals(self, self.tokens.spans[target][0])
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSignals:
+    """The tokens of one target, which begin at ``first``; their logits are still to be made."""
+
+    signals: LazySignals
+    first: int
+
+    def part(self, start: int, stop: int) -> Signals:
+        """The tokens from ``start`` on, up to ``stop``, counted from the target's first."""
+        start, stop = self.first + start, self.first + stop
+        return self.signals.said(start, stop, self.signals.hidden[start:stop])
 
 
 def aligned_labels(batch: Batch) -> Int[Tensor, "B T"]:
@@ -47,6 +122,29 @@ def signals_of(logits: Float[Tensor, "B T V"], batch: Batch) -> Signals:
         logits=logits[:, : labels.size(1)][keep],
         token_ids=labels[keep],
         targets=batch["targets"][:, None].expand_as(labels)[keep],
+        agreement=batch["agreement"][:, None].expand_as(labels)[keep] if "agreement" in batch else None,
+    )
+
+
+def tokens_of(batch: Batch) -> Tokens:
+    """Where the supervised tokens of a batch stand; the device is asked once."""
+    import torch
+
+    labels = aligned_labels(batch)
+    targets = batch["targets"][:, None].expand_as(labels).where(labels != IGNORE_INDEX, len(TARGETS)).flatten()
+    sizes = torch.stack([(targets == target).sum() for target in range(len(TARGETS))]).tolist()
+    places = targets.argsort(stable=True)[: sum(sizes)]
+    rows = places.div(labels.size(1), rounding_mode="floor")
+    stops = list(accumulate(sizes))
+    return Tokens(
+        rows=rows,
+        columns=places % labels.size(1),
+        token_ids=labels.flatten()[places],
+        targets=targets[places],
+        spans={
+            target: (stop - size, stop) for target, (size, stop) in enumerate(zip(sizes, stops, strict=True)) if size
+        },
+        agreement=batch["agreement"][rows] if "agreement" in batch else None,
     )
 
 

@@ -25,17 +25,20 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
 
-        targets = torch.tensor([TARGETS.index(row.target) for row in rows])
+        about = {
+            "targets": torch.tensor([TARGETS.index(row.target) for row in rows]),
+            "agreement": torch.tensor([row.agreement for row in rows]),
+        }
         if self.decoder_start_token_id is None:
             inputs = [[*row.input_ids, *row.label_ids] for row in rows]
             labels = [[IGNORE_INDEX] * len(row.input_ids) + list(row.label_ids) for row in rows]
-            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX), "targets": targets}
+            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)} | about
         labels = [row.label_ids for row in rows]
         shifted = [[self.decoder_start_token_id, *ids[:-1]] for ids in labels]
         return self._padded_inputs([row.input_ids for row in rows]) | {
             "decoder_input_ids": _padded(shifted, self.pad_token_id),
             "labels": _padded(labels, IGNORE_INDEX),
-            "targets": targets,
+            **about,
         }
 
     def _padded_inputs(self, inputs: Sequence[Sequence[int]]) -> Batch:

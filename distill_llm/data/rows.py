@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from distill_llm.data.view import StudentView
     from distill_llm.tasks.base import Task
 
-LabelSource = Literal["gold", "teacher"]
+LabelSource = Literal["gold", "teacher", "gold_else_teacher"]
+_WHOSE: Mapping[LabelSource, str] = {"gold": "gold", "teacher": "teacher's", "gold_else_teacher": "gold or teacher's"}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``example`` is the example's place in the split; ``label_ids`` end with the end-of-sequence token."""
+    """``example`` is the example's place in the split; ``label_ids`` end with the end-of-sequence token.
+
+    ``agreement`` is that of the teacher's votes on the example; 1 where it had none.
+    """
 
     example: int
     target: Target
     input_ids: Sequence[int]
     label_ids: Sequence[int]
+    agreement: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +52,9 @@ def target_texts(
     example: Example, answer: TeacherAnswer | None, target: Target, *, task: Task, label_from: LabelSource
 ) -> list[str]:
     """What the student should write for ``target``: one text a label, one a kept rationale, none where unknown."""
-    label = example.label if label_from == "gold" else answer.label if answer is not None else None
+    voted = answer.label if answer is not None else None
+    gold_first = label_from == "gold_else_teacher" and example.label is not None
+    label = example.label if label_from == "gold" or gold_first else voted
     rationales = answer.rationales if answer is not None else ()
     if target == "rationale":
         return list(rationales)
@@ -82,16 +89,18 @@ def build_rows(
         inputs_cut += cut
         labels, cut = view.targets(texts)
         targets_cut += cut
-        found += [Row(i, target, ids, label) for i, ids, label in zip(owners, inputs, labels, strict=True)]
+        agreed = [answers[id].agreement if (id := examples[index].id) in answers else 1.0 for index in owners]
+        parts = zip(owners, inputs, labels, agreed, strict=True)
+        found += [Row(i, target, ids, label, agreement) for i, ids, label, agreement in parts]
     found.sort(key=lambda row: row.example)
     return RowSet(tuple(found), inputs_cut, targets_cut)
 
 
 def _nothing_to_learn(target: Target, label_from: LabelSource, num_examples: int) -> str:
     if target == "label":
-        what = f"no {label_from} label"
+        what = f"a {_WHOSE[label_from]} label"
         do = "Set label_from: teacher (with a `rationales` section) for unlabelled data, or gold for labelled data."
     else:
-        what = "no kept rationale" + ("" if target == "rationale" else f" with a {label_from} label")
+        what = "a kept rationale" + ("" if target == "rationale" else f" and a {_WHOSE[label_from]} label")
         do = "Add a `rationales` section, loosen its `keep` rules, or remove the objective's terms on this target."
     return f"objective: the target '{target}' has no row: none of the {num_examples} training examples has {what}. {do}"

@@ -101,7 +101,11 @@ def _row_cost(
     for row in rows:
         if row.target not in wanted:
             continue
-        teachers = {term.teacher for term in terms if term.teacher is not None and row.target in term.targets}
-        total += row.num_tokens * (6 * student_parameters + sum(2 * teacher_parameters[name] for name in teachers))
+        asked: dict[str, float] = {}  # each teacher's share of the training: until its last term ends
+        for term in terms:
+            if term.teacher is not None and row.target in term.targets:
+                asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
+        forward = sum(2 * teacher_parameters[name] * share for name, share in asked.items())
+        total += row.num_tokens * (6 * student_parameters + forward)
         count += 1
     return total / max(count, 1)

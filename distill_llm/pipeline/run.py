@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Splits
+from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
 from distill_llm.pipeline.arms import STUDENT
-from distill_llm.pipeline.rationale_stage import Material, check, gather, read_material
+from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.recipe.recipe import Recipe
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFolder:
     """Asks the recipe's teacher for rationales and labels, and writes them to the run folder.
 
-    Completions that the folder's journal holds are not asked for again.
+    Completions that the folder's journal holds are not asked for again. Under torchrun each process asks its share.
     """
-    _one_process("generate-rationales")
     quiet_libraries()
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
     splits = check(recipe)
-    run = claim(recipe)
+    main_first(lambda: claim(recipe) and None, patience=PATIENCE)
+    run = RunFolder(recipe.folder)
     gather(recipe, splits, run, progress)
     return run
 
@@ -68,7 +69,7 @@ def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Pr
     _one_process("evaluate")
     quiet_libraries()
     run, recipe = open_run(run_dir, overrides)
-    return score(recipe, _material_of(recipe, recipe.task.load(recipe.seed), run), run, progress)
+    return score(recipe, _material_of(recipe, load_examples(recipe), run), run, progress)
 
 
 def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
@@ -81,7 +82,8 @@ def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
     splits = check(recipe)
     check_test_labels(splits)  # before hours are spent on what could not be scored
     folder = claim(recipe)
-    material = gather(recipe, splits, folder, progress)
+    gather(recipe, splits, folder, progress)
+    material = _material_of(recipe, splits, folder)
     _train(recipe, material, folder, ["all"], progress)
     return score(recipe, material, folder, progress)
 
@@ -108,8 +110,6 @@ def _material_of(recipe: Recipe, splits: Splits, run: RunFolder) -> Material:
 
 def _claim_with_material(recipe: Recipe) -> tuple[RunFolder, Material]:
     """The run folder, claimed by the main process, and what its first stage wrote."""
-    from distill_llm.training.distributed import main_first
-
     splits = check(recipe)
     main_first(lambda: claim(recipe) and None)
     run = RunFolder(recipe.folder)
@@ -117,10 +117,8 @@ def _claim_with_material(recipe: Recipe) -> tuple[RunFolder, Material]:
 
 
 def _one_process(command: str) -> None:
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError(
-            f"`{command}` works in one process. Run it without torchrun; under torchrun use `distill-llm train`, which "
-            "shares each step among all processes."
+            f"`{command}` works in one process. Run it without torchrun; under torchrun use `distill-llm "
+            "generate-rationales` and `distill-llm train`, which share their work among all processes."
         )

@@ -10,11 +10,19 @@ from typing import Any
 import yaml
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.core.files import read_json, storage, write_json, write_text
+from distill_llm.core.files import read_json, storage, write_text
+from distill_llm.rationales.spec import MANNER
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 
-_FREE = ("evaluate", "run_dir", "train.workers", "train.report_to", "train.keep_checkpoints")
+_FREE = (
+    "evaluate",
+    "run_dir",
+    "train.workers",
+    "train.report_to",
+    "train.keep_checkpoints",
+    *(f"rationales.{name}" for name in MANNER),
+)
 """Keys that no finished training depends on."""
 
 
@@ -27,19 +35,42 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
-    def journal(self) -> Path:
-        return self.root / "rationales" / "journal.jsonl"
+    def rationale_folder(self) -> Path:
+        return self.root / "rationales"
+
+    def journal(self, process: int = 0) -> Path:
+        """Each process appends to its own."""
+        return self.rationale_folder / (f"journal.{process}.jsonl" if process else "journal.jsonl")
+
+    def journals(self) -> list[Path]:
+        """Those of all processes that ever asked."""
+        return sorted(self.rationale_folder.glob("journal*.jsonl"))
+
+    def ledger(self, process: int = 0) -> Path:
+        return self.rationale_folder / (f"ledger.{process}.json" if process else "ledger.json")
+
+    def ledgers(self) -> list[Path]:
+        return sorted(self.rationale_folder.glob("ledger*.json"))
 
     def rationales(self, split: str) -> Path:
-        return self.root / "rationales" / f"{split}.parquet"
+        return self.rationale_folder / f"{split}.parquet"
 
     @property
     def funnel(self) -> Path:
-        return self.root / "rationales" / "funnel.json"
+        return self.rationale_folder / "funnel.json"
+
+    @property
+    def spent(self) -> Path:
+        """What asking came to, over all processes, as files and cards show it."""
+        return self.rationale_folder / "spent.json"
+
+    @property
+    def rationale_card(self) -> Path:
+        return self.rationale_folder / "README.md"
 
     @property
     def rationales_made_of(self) -> Path:
-        return self.root / "rationales" / "made_of.json"
+        return self.rationale_folder / "made_of.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -73,20 +104,8 @@ class RunFolder:
     def trained_arms(self) -> list[str]:
         return sorted(path.parent.name for path in self.models.glob("*/result.json"))
 
-    def note_seconds(self, split: str, asked: int, seconds: float) -> None:
-        """Adds to what was spent on asking the teacher about a split."""
-        path = self.root / "rationales" / "spent.json"
-        spent: dict[str, Any] = read_json(path) if path.exists() else {}
-        before = spent.get(split, {"completions": 0, "seconds": 0.0})
-        spent[split] = {
-            "completions": before["completions"] + asked,
-            "seconds": round(before["seconds"] + seconds, 3),
-        }
-        write_json(path, spent)
-
     def completions_per_second(self, split: str) -> float | None:
-        path = self.root / "rationales" / "spent.json"
-        spent = read_json(path).get(split) if path.exists() else None
+        spent = read_json(self.spent).get(split) if self.spent.exists() else None
         return spent["completions"] / spent["seconds"] if spent and spent["seconds"] > 0 else None
 
 
@@ -123,8 +142,13 @@ def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFold
 def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
     before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
     now = dict(_flat(recipe.model_dump(mode="json")))
+    free = (
+        _FREE + tuple(f"rationales.teacher.{name}" for name in recipe.rationales.teacher.manner)
+        if recipe.rationales
+        else _FREE
+    )
     changed = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(_FREE)
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(free)
     )
     if not run.training_has_begun:
         # completions are found by their own keys, so that only the name and the task must agree

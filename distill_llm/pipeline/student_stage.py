@@ -31,11 +31,11 @@ class Plan:
 
 def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     """Builds the tokenizer (saved in the run folder), the rows, and the arms; loads the student once for its size."""
-    from distill_llm.training.distributed import main_first
+    from distill_llm.core.processes import main_first
 
     main_first(lambda: _save_tokenizer(recipe, material, run))
     student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
-    _can_chat(recipe, student.tokenizer)
+    check_chat(recipe, student.tokenizer)
     rows = build_rows(
         material.splits.train,
         material.answers,
@@ -96,7 +96,7 @@ def _is_trained(arm: Arm, run: RunFolder) -> bool:
 
 def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
     """Moves the model with the best validation accuracy up to the arm's folder. Only the main process does."""
-    from distill_llm.training.arguments import is_main_process
+    from distill_llm.core.processes import is_main_process
 
     if not is_main_process():
         return
@@ -113,7 +113,8 @@ def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: Ru
         shutil.rmtree(trial.folder, ignore_errors=True)
 
 
-def _can_chat(recipe: Recipe, tokenizer: Any) -> None:
+def check_chat(recipe: Recipe, tokenizer: Any) -> None:
+    """Raises ConfigError where the recipe wants a chat template that the tokenizer has not."""
     if recipe.student.chat and not tokenizer.chat_template:
         raise ConfigError("student.chat: the tokenizer has no chat template. Set student.chat=false.")
 
@@ -122,7 +123,7 @@ def _save_tokenizer(recipe: Recipe, material: Material, run: RunFolder) -> None:
     """Makes it anew until a training has begun: what was learned from (`keep`) or its settings may have changed."""
     if run.tokenizer.exists() and run.training_has_begun:
         return
-    tokenizer = load_tokenizer(recipe.student, _training_text(recipe, material))
+    tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
     draft = Path(f"{run.tokenizer}.part")
     shutil.rmtree(draft, ignore_errors=True)
     with storage(run.tokenizer):
@@ -131,7 +132,7 @@ def _save_tokenizer(recipe: Recipe, material: Material, run: RunFolder) -> None:
         draft.rename(run.tokenizer)
 
 
-def _training_text(recipe: Recipe, material: Material) -> Iterator[str]:
+def training_text(recipe: Recipe, material: Material) -> Iterator[str]:
     """Everything that the student reads or writes while it is trained, and nothing of validation or test."""
     prefixes = recipe.student.prefixes
     for target in ("label", "rationale", "rationale_then_label"):

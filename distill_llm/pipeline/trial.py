@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distill_llm.core.files import read_json, write_json
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
-from distill_llm.objective import Objective
+from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import StudentFacts
@@ -73,7 +73,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
-        teachers=_open_teachers(trial, student),
+        teachers=open_teachers(recipe, trial.arm.terms, student),
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.seed,
@@ -82,7 +82,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
 
 def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains, or gives what an earlier training came to. Raises Interrupted after a signal."""
-    from distill_llm.training.arguments import is_main_process
+    from distill_llm.core.processes import is_main_process
     from distill_llm.training.train import fit
 
     done = trial.folder / "trained.json"
@@ -95,15 +95,15 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     return result
 
 
-def _open_teachers(trial: Trial, student: LoadedModel) -> dict[str, Any]:
-    wanted = {term.teacher for term in trial.arm.terms if term.teacher is not None}
+def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, Any]:
+    """The live teachers that some term names."""
+    wanted = {term.teacher for term in terms if term.teacher is not None}
     facts = StudentFacts(
         vocabulary=student.tokenizer.get_vocab(),
         is_encoder_decoder=student.is_encoder_decoder,
-        vocab_size=student.model.config.vocab_size,
         device=str(student.model.device),
     )
-    return {name: trial.recipe.teachers[name].open(facts) for name in sorted(wanted)}
+    return {name: recipe.teachers[name].open(facts) for name in sorted(wanted)}
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
@@ -111,9 +111,9 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     labelled = [example for example in trial.validation if example.label is not None]
     if not labelled:
         return None
+    from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT
     from distill_llm.evaluation.predict import predict
-    from distill_llm.training.distributed import my_share, summed
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill_llm.core.assets import find_file
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.files import fingerprint
+from distill_llm.tasks.wording import bare_question, few_shot, reworded
+from distill_llm.teachers.base import Message, Prompt
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
@@ -30,6 +33,10 @@ class PromptSpec(Component):
     exemplars: str = Field(default="", description="a YAML file, or a name in data/exemplars; empty: zero-shot")
     num_exemplars: int = Field(default=0, ge=0, description="the first so many; 0 takes all")
     template: str = Field(default="{prompt}", description="text around the question, which stands for {prompt}")
+    style: Literal["text", "chat"] = Field(
+        default="text", description="text: one text that a base model goes on with; chat: turns, for an instruct model"
+    )
+    system: str = Field(default="", description="the system message of a chat, such as how the answer is to end")
 
     @field_validator("template")
     @classmethod
@@ -38,24 +45,74 @@ class PromptSpec(Component):
             raise ValueError("the template must contain {prompt}, the place of the question")
         return template
 
+    @model_validator(mode="after")
+    def _system_in_a_chat(self) -> PromptSpec:
+        if self.system and self.style == "text":
+            raise ValueError("`system` is a message of a chat: set style: chat, or put the text into `template`")
+        return self
+
+
+class HintSpec(Component):
+    """Another try where every vote was wrong: the teacher sees the gold label (STaR, Zelikman et al. 2022,
+    arXiv:2203.14465, sec. 3.2). What it then writes is kept only where it reaches that label, and is flagged."""
+
+    template: str = Field(
+        default="{question}\n(Hint: {answer})", description="{question}, and {answer}: the sentence with its label"
+    )
+    samples: int = Field(default=1, ge=1, description="completions of a hinted prompt")
+
+    @field_validator("template")
+    @classmethod
+    def _has_both(cls, template: str) -> str:
+        if "{question}" not in template or "{answer}" not in template:
+            raise ValueError("the template must contain {question} and {answer}")
+        return template
+
 
 @dataclass(frozen=True, slots=True)
 class Prompter:
-    """Renders prompts. ``head`` is the same for all examples."""
+    """Renders prompts. ``head``, the exemplars, is the same for all examples."""
 
-    head: str
-    template: str
+    spec: PromptSpec
+    exemplars: tuple[Exemplar, ...]
+    head: Prompt
 
-    def render(self, example: Example) -> str:
-        return self.head + self.template.replace("{prompt}", example.prompt)
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that stands around a question."""
+        return fingerprint([_plain(self.head), self.spec.template, self.spec.style])
+
+    def question(self, example: Example, hint: str = "") -> str:
+        """What is the example's own in its prompt; ``hint`` is a question to put in place of its own."""
+        prompt = reworded(example.prompt, hint) if hint else example.prompt
+        return self.spec.template.replace("{prompt}", bare_question(prompt) if self.spec.style == "chat" else prompt)
+
+    def render(self, example: Example, hint: str = "") -> Prompt:
+        question = self.question(example, hint)
+        return self.head + question if isinstance(self.head, str) else (*self.head, Message("user", question))
 
 
 def make_prompter(spec: PromptSpec) -> Prompter:
-    if not spec.exemplars:
-        return Prompter("", spec.template)
-    exemplars = read_exemplars(spec.exemplars)
+    exemplars = read_exemplars(spec.exemplars) if spec.exemplars else ()
     chosen = exemplars[: spec.num_exemplars] if spec.num_exemplars else exemplars
-    return Prompter("".join(f"Q: {e.question}\nA: {e.rationale} {e.answer}\n\n" for e in chosen), spec.template)
+    if spec.style == "text":
+        return Prompter(spec, chosen, "".join(f"{few_shot(e.question)} {e.rationale} {e.answer}\n\n" for e in chosen))
+    turns = [Message("system", spec.system)] if spec.system else []
+    for exemplar in chosen:
+        turns.append(Message("user", exemplar.question))
+        turns.append(Message("assistant", f"{exemplar.rationale} {exemplar.answer}"))
+    return Prompter(spec, chosen, tuple(turns))
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for a reader's eyes; a chat with the name of the speaker before each turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{message.role}]\n{message.content}" for message in prompt)
+
+
+def _plain(prompt: Prompt) -> str | list[list[str]]:
+    return prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
 
 
 def read_exemplars(name: str) -> tuple[Exemplar, ...]:

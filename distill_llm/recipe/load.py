@@ -120,10 +120,20 @@ def _telling(errors: Sequence[Mapping[str, Any]], data: Any) -> list[Mapping[str
     for details in errors:
         loc = tuple(details["loc"])
         deeper = any(tuple(other["loc"])[: len(loc)] == loc and len(other["loc"]) > len(loc) for other in errors)
-        other_branch = details["type"] == "string_type" and isinstance(_locate(loc[:-1], data)[1], dict)
-        if not (deeper and details["type"] == "too_short") and not other_branch:
+        if not (deeper and details["type"] == "too_short") and not _is_other_branch(details, errors, data):
             kept.append(details)
     return kept or list(errors)
+
+
+def _is_other_branch(details: Mapping[str, Any], errors: Sequence[Mapping[str, Any]], data: Any) -> bool:
+    """Where a text or number may stand as well as a section: it speaks of the one that was not written."""
+    *parents, last = details["loc"] or [""]
+    value = _locate(parents, data)[1]
+    if details["type"] in ("string_type", "float_type"):
+        return isinstance(value, dict) and last not in value
+    beside = [other for other in errors if tuple(other["loc"][:-1]) == tuple(parents) and other is not details]
+    is_tag = isinstance(last, str) and not isinstance(value, dict)
+    return details["type"] == "model_type" and is_tag and bool(beside)
 
 
 def _explain(details: Mapping[str, Any], data: Any) -> str:
@@ -140,7 +150,7 @@ def _explain(details: Mapping[str, Any], data: Any) -> str:
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{where}: {_unknown_kind(details)}"
     if details["type"] == "value_error":
-        return message if message.startswith(("objective.", "evaluate.")) else f"{where}: {message}."
+        return message if message.startswith(("objective.", "objective:", "evaluate.")) else f"{where}: {message}."
     return f"{where}: {message}; it is {value!r}."
 
 

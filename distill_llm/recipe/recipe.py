@@ -34,7 +34,9 @@ class Recipe(Component):
     seed: int = Field(default=17, ge=0)
     task: AnyTask
     rationales: RationaleSpec | None = Field(default=None, description="absent: labels only, from the data")
-    label_from: LabelSource = Field(default="gold", description="whose labels the student learns")
+    label_from: LabelSource = Field(
+        default="gold", description="whose labels the student learns; gold_else_teacher: votes where the data has none"
+    )
     student: StudentSpec
     teachers: dict[str, AnyTensorTeacher] = Field(default_factory=dict, description="teachers of soft labels, by name")
     scheme: AnyScheme = StepByStep()
@@ -67,8 +69,16 @@ class Recipe(Component):
                     f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
                     "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
                 )
-        if self.label_from == "teacher" and self.rationales is None:
-            raise ValueError("label_from: teacher needs a `rationales` section: its teacher gives the labels")
+        if self.label_from != "gold" and self.rationales is None:
+            raise ValueError(f"label_from: {self.label_from} needs a `rationales` section: its teacher gives labels")
+        if self.label_from == "teacher" and self.rationales is not None and self.rationales.hint_retry is not None:
+            raise ValueError(
+                "rationales.hint_retry explains gold labels, but label_from: teacher learns the votes, which were "
+                "wrong there: label and rationale would contradict each other. Set label_from: gold, or "
+                "gold_else_teacher"
+            )
+        if all(term.until < 1 for term in self.objective):
+            raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         self._ablations_exist()
         return self
 
@@ -80,6 +90,11 @@ class Recipe(Component):
                 raise ValueError(
                     f"evaluate.ablations.{ablation}: {sorted(unknown) or 'no terms'}; expected some of the objective's "
                     f"terms {sorted(names)}"
+                )
+            if all(term.until < 1 for term in self.objective if term.name in kept):
+                raise ValueError(
+                    f"evaluate.ablations.{ablation}: every term of {list(kept)} ends (`until`) before the training "
+                    "does; add one that goes on to the end"
                 )
             if ablation in ("student", "labels_same_steps", "labels_same_compute", "teacher"):
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")

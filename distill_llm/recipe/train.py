@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,11 @@ class TrainSpec(Component):
     epochs: float = Field(default=0.0, ge=0, description="passes over the rows; 0: given by `max_steps`")
     rows_per_step: int = Field(default=64, gt=0, description="rows (example and target) of one optimiser step")
     rows_per_batch: int = Field(default=64, gt=0, description="rows that fit one device at once")
+    chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="supervised tokens whose logits exist at once; auto: 128 MiB of them; 0: all, and those of the "
+        "prompt and the padding too. The loss is the same but for rounding",
+    )
     optimizer: Optimizer = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,18 +13,19 @@ from transformers import TrainingArguments
 from transformers.optimization import Adafactor
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.processes import world_size
 from distill_llm.recipe.train import TrainSpec
 
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 _INSTALL = {"tensorboard": "'distill-llm[tensorboard]'", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass
+class DistillArguments(TrainingArguments):
+    """Trainer's arguments, and ours."""
+
+    chunk_tokens: int | Literal["auto"] = field(
+        default="auto", metadata={"help": "supervised tokens whose logits exist at once; 0: all logits at once"}
+    )
 
 
 def check_reporters(spec: TrainSpec) -> None:
@@ -51,11 +52,11 @@ def rows_per_batch(spec: TrainSpec) -> int:
     return next(rows for rows in range(min(spec.rows_per_batch, part), 0, -1) if part % rows == 0)
 
 
-def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool) -> TrainingArguments:
+def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool) -> DistillArguments:
     """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks."""
     rows = rows_per_batch(spec)
     every = spec.validate_every or max(1, max_steps // 10)
-    return TrainingArguments(
+    return DistillArguments(
         output_dir=str(folder),
         max_steps=max_steps,
         per_device_train_batch_size=rows,
@@ -65,6 +66,7 @@ def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, 
         warmup_steps=spec.warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        chunk_tokens=spec.chunk_tokens,
         gradient_checkpointing=spec.gradient_checkpointing,
         bf16=_wants_bfloat16(spec),
         use_cpu=not torch.cuda.is_available(),

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill_llm.core.files import read_json, write_json
+from distill_llm.core.processes import summed
 from distill_llm.core.progress import Progress
-from distill_llm.training.distributed import summed
 
 
 class ProgressBar(TrainerCallback):

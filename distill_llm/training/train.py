@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
 from distill_llm.core.files import storage
+from distill_llm.core.processes import is_main_process, world_size
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
@@ -21,7 +22,7 @@ from distill_llm.objective import Objective
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
-from distill_llm.training.arguments import is_main_process, make_arguments, make_optimizer, world_size
+from distill_llm.training.arguments import make_arguments, make_optimizer
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.trainer import DistillTrainer, Validate
 

@@ -16,9 +16,11 @@ from distill_llm.core.signals import Batch
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
+from distill_llm.models.head import OutputHead
 from distill_llm.objective import Objective
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
+from distill_llm.training.arguments import DistillArguments
 
 Validate = Callable[[nn.Module], dict[str, float]]
 """Scores the model as it stands; the key ``accuracy`` decides which checkpoint is best."""
@@ -54,7 +56,10 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.rows, self.step_sampler, self.collator = rows, step_sampler, collator
         self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
+        self._now = objective.at(0.0)
         self.validate = validate
+        chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
+        self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
         self._means: dict[str, Tensor] = {}
         self._means_steps = 0
 
@@ -73,11 +78,12 @@ class DistillTrainer(Trainer):
         """The micro-batches of one step, and each term's tokens in all of them on all ranks."""
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
         batches = self.scheme.prepare(batches, self.model)
+        self._now = self.objective.at(self.state.global_step / max(1, self.args.max_steps))
         self._means_steps += 1
         return batches, self._counts(batches)
 
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
-        counts = torch.stack([self.objective.counts(batch) for batch in batches]).sum(0)
+        counts = torch.stack([self._now.counts(batch) for batch in batches]).sum(0)
         return cast(Tensor, self.accelerator.reduce(counts.to(self.args.device), reduction="sum"))
 
     def compute_loss(
@@ -89,8 +95,8 @@ class DistillTrainer(Trainer):
     ) -> Any:
         counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else self._counts([inputs])
         losses = []
-        for student, teachers in self.scheme.compare(model, self.teachers, inputs, self.objective):
-            loss, means = self.objective(student, teachers, counts)
+        for student, teachers in self.scheme.compare(model, self.teachers, inputs, self._now, self._head):
+            loss, means = self._now(student, teachers, counts)
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean

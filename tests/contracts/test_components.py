@@ -41,8 +41,11 @@ LOSSES, TASKS, KEEPS = (kinds(base, BASES[base]) for base in (Loss, Task, Keep))
 REQUIRED: dict[str, dict[str, Any]] = {
     "jsonl": {"data": "rows.jsonl", "fields": {"input": "question"}},
     "min_agreement": {"share": 0.5},
+    "max_rationale_tokens": {"tokens": 2},
+    "openai_compatible": {"model": "m"},
     "replay": {"files": {"train": "texts.json"}},
     "transformers": {"model": "a/b"},
+    "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
@@ -153,6 +156,18 @@ def test_loss_is_finite_at_extremes_in_bfloat16(cls: type[Any]) -> None:
 
 
 @every_loss
+def test_a_word_that_is_ruled_out_is_as_if_there_were_none(cls: type[Any]) -> None:
+    """Its logit is -inf on both sides: no NaN in the loss or in the gradient, and nothing else changes."""
+    logits, muted = (_logits(1), _logits(2)), torch.arange(11) == 10
+    student = logits[0].masked_fill(muted, -torch.inf).requires_grad_()
+    found = _made(cls)(_signals(student), _taught(cls, logits[1].masked_fill(muted, -torch.inf)))
+    found.sum().backward()
+    torch.testing.assert_close(found, _made(cls)(_signals(logits[0][:, :10]), _taught(cls, logits[1][:, :10])))
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@every_loss
 def test_gradient_goes_to_the_student_alone(cls: type[Any]) -> None:
     student, teacher = _logits(1).requires_grad_(), _logits(2).requires_grad_()
     _made(cls)(_signals(student), _taught(cls, teacher)).sum().backward()
@@ -215,11 +230,34 @@ def test_task_reads_no_label_where_none_is_stated(kind: str) -> None:
     assert (read.label, read.problem) == (None, "no answer sentence")
 
 
+def _chain(rationale: str, **changes: Any) -> Chain:
+    facts = {"label": "a", "voted_label": "a", "agreement": 1.0, "gold_label": "a"}
+    return Chain(rationale=rationale, same=str.__eq__, **(facts | changes))
+
+
+BAD = {"label": None, "voted_label": None, "agreement": 0.01, "gold_label": None}
+
+
 @pytest.mark.parametrize("kind", KEEPS)
 def test_rule_keeps_the_best_and_drops_the_worst(kind: str) -> None:
+    """The worst are unread, alone in their label, long, and the same text three times."""
     rule: Any = _made(KEEPS[kind])
-    assert rule.keeps(Chain("r", "a", "a", 1.0, "a", str.__eq__))
-    assert not rule.keeps(Chain("r", "a", "b", 0.01, "b", str.__eq__))
+    best, worst = _chain("r"), [_chain("far too long for it", **BAD) for _ in range(3)]
+    assert list(rule.select([best])) == [best]
+    assert len(rule.select(worst)) < len(worst)
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_rule_gives_some_of_its_chains_in_their_order(kind: str) -> None:
+    rule: Any = _made(KEEPS[kind])
+    rule.check()
+    assert list(rule.select([])) == []
+    chains = [_chain(text, **of) for of in ({}, BAD) for text in ("a b c d", "a", "e f", "a", "A b")]
+    places = [next(i for i, chain in enumerate(chains) if chain is one) for one in rule.select(chains)]
+    assert places == sorted(set(places))
+    assert places == [next(i for i, chain in enumerate(chains) if chain is one) for one in rule.select(chains)], (
+        "the same chains give the same"
+    )
 
 
 def test_targets_are_those_that_rows_are_numbered_by() -> None:

@@ -29,8 +29,12 @@ HEAVY = {
     "torch",
     "transformers",
 }
-# The other layers import these two inside functions only, so their modules may be heavy.
-HEAVY_FOLDERS = (f"{PACKAGE}/training/", f"{PACKAGE}/evaluation/metrics/")
+# The others import these inside functions only, so they may be heavy.
+HEAVY_FOLDERS = (
+    f"{PACKAGE}/training/",
+    f"{PACKAGE}/evaluation/metrics/",
+    f"{PACKAGE}/models/prefix_attention.py",
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -183,7 +183,7 @@ def test_disk_that_is_full_while_the_teacher_writes(
     disk("size=24k")
     words = ("generate-rationales", shop, "task.train_size=200", "run_dir=disk/run")
     done = cli(*words, expect=2)
-    _check(tmp_path, done, "journal.jsonl: cannot write", "The disk is full: free some space")
+    _check(tmp_path, done, "disk/run/rationales/", "cannot write", "The disk is full: free some space")
     disk("size=1m")
     journal = tmp_path / "disk" / "run" / "rationales" / "journal.jsonl"
     whole = journal.read_bytes().count(b"\n")

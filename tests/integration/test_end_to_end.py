@@ -20,9 +20,10 @@ def test_stages_then_run(cli: Any, shop: str, tmp_path: Path, lines: Any) -> Non
     run = tmp_path / "runs" / "tiny"
 
     said = cli("generate-rationales", shop).stdout
-    assert "train: examples 64, completions 64, parsed 64, kept 64" in said.replace("\n", " ")
+    funnel = [line.split() for line in said.splitlines()]
+    assert ["train", *["64"] * 6, "100.00%", "of", "64"] in funnel  # examples, asked, ... kept, votes right
     assert "Next: distill-llm train shop.yaml" in said
-    rows = read_rows(run / "rationales" / "train.parquet")
+    rows = list(read_rows(run / "rationales" / "train.parquet"))
     assert [row.outcome for row in rows] == ["kept"] * 64
     assert len({entry["key"] for entry in lines(run / "rationales" / "journal.jsonl")}) == 64
 
@@ -40,7 +41,7 @@ def test_stages_then_run(cli: Any, shop: str, tmp_path: Path, lines: Any) -> Non
     assert [entry.name for entry in alone.entries] == ["student"]
 
     said = cli("run", shop).stdout
-    assert "rationales, train: 64 of 64" in said
+    assert "journal: 64 of 64 completions are there already" in said
     assert "student: " not in said.split("labels same steps")[0].split("rows:")[1]  # it is not trained again
     assert (student / "model" / "model.safetensors").read_bytes() == weights
     card = load_scorecard(run)
@@ -95,7 +96,7 @@ evaluate: {{resamples: 200, controls: [labels_same_compute]}}
     run = tmp_path / "runs" / "own"
     asked = lines(run / "rationales" / "journal.jsonl")
     assert sorted({entry["split"] for entry in asked}) == ["test", "train"]
-    assert len(read_rows(run / "rationales" / "test.parquet")) == 6
+    assert len(list(read_rows(run / "rationales" / "test.parquet"))) == 6
     card = load_scorecard(run)
     assert [entry.role for entry in card.entries] == ["teacher", "student", "control"]
     control = next(entry for entry in card.entries if entry.role == "control")

@@ -114,7 +114,7 @@ def test_generation_that_is_killed_asks_only_for_the_rest(
     keys = [entry["key"] for entry in lines(journal)]
     assert len(keys) == len(set(keys)) == len(whole)
     assert {entry["key"]: entry["text"] for entry in lines(journal)} == {e["key"]: e["text"] for e in whole}
-    rows = [read_rows(tmp_path / run / "rationales" / "train.parquet") for run in ("torn", "whole")]
+    rows = [list(read_rows(tmp_path / run / "rationales" / "train.parquet")) for run in ("torn", "whole")]
     assert rows[0] == rows[1]
 
     cli(*words)

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from distill_llm.core.example import Example
-from distill_llm.core.files import Journal
-from distill_llm.core.progress import SILENT
-from distill_llm.rationales.dataset import funnel, make_rows
-from distill_llm.rationales.generate import complete, make_requests
-from distill_llm.rationales.prompts import make_prompter
+from distill_llm.pipeline.rationale_stage import make_asker
+from distill_llm.rationales.dataset import Funnel, judge, make_rows
 from distill_llm.recipe.load import load_recipe
+from distill_llm.teachers.base import Completion
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "dss"
@@ -27,7 +25,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_teacher_accuracy_is_the_published_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_accuracy_is_the_published_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation is put back into train: a replayed text is found by the place where its row stood before the cut."""
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(f"recipes/real/{name}_palm.yaml")
@@ -37,11 +35,14 @@ def test_teacher_accuracy_is_the_published_one(name: str, tmp_path: Path, monkey
     by_origin: dict[str, list[Example]] = {"train": [], "test": []}
     for example in (*splits.train, *splits.validation, *splits.test):
         by_origin[example.origin].append(example)
-    teacher = spec.teacher.open(task=recipe.task, sampling=spec.sampling, seed=recipe.seed)
-    journal = Journal(tmp_path / "journal.jsonl")
+    asker = make_asker(recipe, spec)
     for split, (number, percent) in PUBLISHED[name].items():
-        requests = make_requests(by_origin[split], split, spec, make_prompter(spec.prompt), teacher.identity)
-        completions = complete(requests, teacher, journal, SILENT, split)
-        counts = funnel(make_rows(requests, completions, recipe.task, spec.keep), recipe.task)
-        assert counts["examples"] == number
-        assert round(100 * (counts["accuracy"] or 0), 2) == percent
+        counts = Funnel()
+        requests = {example.id: asker.requests(example, split) for example in by_origin[split]}
+        asked = (request for of_example in requests.values() for request in of_example)
+        there = {r.key: result for r, result in asker.teacher.complete(asked) if isinstance(result, Completion)}
+        for of_example in requests.values():
+            plain = judge(of_example, there.get, recipe.task)
+            counts.count(make_rows(plain, [], recipe.task, spec.keep), recipe.task)
+        assert counts.completed == counts.examples == number
+        assert round(100 * (counts.accuracy or 0), 2) == percent

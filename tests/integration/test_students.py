@@ -114,7 +114,7 @@ def test_the_paper_s_recipe_asks_a_local_teacher(cli: Any, tmp_path: Path, save_
     asked = lines(run / "rationales" / "journal.jsonl")
     assert len(asked) == 27 + 9  # a tenth of train is validation, and the teacher is scored on test
     assert asked[0]["tokens_in"] > 500  # the exemplars that came with the package
-    assert len(read_rows(run / "rationales" / "train.parquet")) == 27
+    assert len(list(read_rows(run / "rationales" / "train.parquet"))) == 27
 
 
 def test_the_paper_s_recipe_with_replayed_texts(cli: Any, tmp_path: Path, save_tiny: Any) -> None:
@@ -138,7 +138,7 @@ def test_the_paper_s_recipe_with_replayed_texts(cli: Any, tmp_path: Path, save_t
     )
     funnel = json.loads((tmp_path / "paper" / "rationales" / "funnel.json").read_text())
     assert (funnel["train"]["kept"], funnel["train"]["accuracy"]) == (27, 1.0)
-    assert (funnel["test"]["completions"], funnel["test"]["accuracy"]) == (9, 1.0)
+    assert (funnel["test"]["completed"], funnel["test"]["accuracy"]) == (9, 1.0)
     card = load_scorecard(tmp_path / "paper")
     assert [entry.role for entry in card.entries] == ["teacher", "student", "control", "control"]
     assert (card.entries[0].accuracy, card.entries[0].parameters) == (1.0, None)

@@ -1,17 +1,15 @@
-"""Files are whole or absent, journals survive a kill, and a full disk is a StorageError that says what to do."""
+"""Files are whole or absent, and a full disk is a StorageError that says what to do."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from distill_llm.core.errors import ConfigError, DistillError, StorageError
 from distill_llm.core.files import (
-    Journal,
     atomic,
     file_fingerprint,
     fingerprint,
@@ -68,27 +66,10 @@ def test_a_full_disk_is_a_storage_error_with_exit_code_2(tmp_path: Path, number:
     assert [other.name for other in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_full_disk_while_journaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was appended before is there, and the entry that failed is not counted as done."""
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.append({"key": "a", "text": "kept"})
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.open", full)
-        with pytest.raises(StorageError, match=r"disk is full.*type the same command"):
-            journal.append({"key": "b", "text": "lost"})
-    assert set(journal.entries) == {"a"}
-    assert set(Journal(journal.path).entries) == {"a"}
-
-
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    for write in (lambda path: write_text(path, "x"), Journal):
-        with pytest.raises(StorageError, match="A file lies where a folder is needed"):
-            write(tmp_path / "runs" / "journal.jsonl")
+    with pytest.raises(StorageError, match="A file lies where a folder is needed"):
+        write_text(tmp_path / "runs" / "file.txt", "x")
 
 
 def test_a_storage_error_is_not_wrapped_again() -> None:
@@ -129,35 +110,3 @@ def test_file_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     for other in (b"abd", b"abcc", b"ab"):
         (tmp_path / "b").write_bytes(other)
         assert file_fingerprint(tmp_path / "a") != file_fingerprint(tmp_path / "b")
-
-
-def test_a_journal_gives_back_what_was_appended(tmp_path: Path) -> None:
-    path = tmp_path / "rationales" / "journal.jsonl"
-    entries = [{"key": "a", "text": "one\ntwo \u2028 three"}, {"key": "b", "text": "é"}]
-    journal = Journal(path)
-    for entry in entries:
-        journal.append(entry)
-    assert Journal(path).entries == {"a": entries[0], "b": entries[1]} == journal.entries
-    assert len(path.read_text(encoding="utf-8").split("\n")) == 3
-
-
-@pytest.mark.parametrize("torn", ['{"key": "c", "te', '{"key": "c", "text": "whole but without its line end"}', "\xc3"])
-def test_a_torn_last_line_is_cut_off_and_written_over(tmp_path: Path, torn: str) -> None:
-    path = tmp_path / "journal.jsonl"
-    for key in "ab":
-        Journal(path).append({"key": key})
-    with path.open("ab") as file:
-        file.write(torn.encode("latin-1"))
-    journal = Journal(path)
-    assert set(journal.entries) == {"a", "b"}
-    journal.append({"key": "d"})
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
-
-
-@pytest.mark.parametrize("damage", ['{"key": "b"', '{"no": "key"}', '["key"]', "", "7"])
-def test_a_torn_line_elsewhere_is_an_error_with_its_number(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_text(f'{{"key": "a"}}\n{damage}\n{{"key": "c"}}\n')
-    with pytest.raises(StorageError, match=r"journal\.jsonl:2: not a line of a journal.*delete that line"):
-        Journal(path)
-    assert path.read_text().count("\n") == 3, "nothing was repaired silently"

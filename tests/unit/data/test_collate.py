@@ -8,7 +8,7 @@ import torch
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 
-ROWS = [Row(0, "rationale_then_label", [5, 6, 7], [8, 1]), Row(1, "label", [9], [10, 11, 1])]
+ROWS = [Row(0, "rationale_then_label", [5, 6, 7], [8, 1], agreement=0.75), Row(1, "label", [9], [10, 11, 1])]
 
 
 def test_encoder_decoder() -> None:
@@ -20,6 +20,7 @@ def test_encoder_decoder() -> None:
         "decoder_input_ids": [[2, 8, 0], [2, 10, 11]],
         "labels": [[8, 1, -100], [10, 11, 1]],
         "targets": [2, 0],
+        "agreement": [0.75, 1.0],
     }
 
 
@@ -31,6 +32,7 @@ def test_decoder_only() -> None:
         "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
         "labels": [[-100, -100, -100, 8, 1], [-100, 10, 11, 1, -100]],
         "targets": [2, 0],
+        "agreement": [0.75, 1.0],
     }
 
 

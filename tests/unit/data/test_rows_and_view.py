@@ -68,6 +68,21 @@ def test_texts_of_each_target() -> None:
     assert texts(three, "label", "teacher") == []
 
 
+def test_votes_stand_in_where_no_gold_label_is_known() -> None:
+    one, _, three = EXAMPLES
+    voted = TeacherAnswer("ann", ("a b .",), 1.0)
+
+    def texts(example: Example, answer: TeacherAnswer | None, target: Any) -> list[str]:
+        return target_texts(example, answer, target, task=TASK, label_from="gold_else_teacher")
+
+    assert texts(one, ANSWERS["one"], "label") == ["ann"], "its gold label, not the vote for bob"
+    assert texts(one, None, "label") == ["ann"]
+    assert texts(three, voted, "label") == ["ann"]
+    assert texts(three, voted, "rationale_then_label") == [f"a b . {TASK.answer_sentence('ann', three)}"]
+    assert texts(three, None, "label") == []
+    assert texts(three, TeacherAnswer(None, ("a b .",), 0.0), "label") == []
+
+
 def test_rows_stand_in_example_order_with_prefix_and_end(tiny_t5: Callable[..., LoadedModel]) -> None:
     model = tiny_t5()
     rows = _rows(model, targets=("label", "rationale"))
@@ -98,9 +113,13 @@ def test_cut_texts_are_counted(tiny_t5: Callable[..., LoadedModel]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ("rationale",), "answers": {}}, "no kept rationale"),
-        ({"targets": ("label",), "answers": {}, "label_from": "teacher"}, "no teacher label"),
-        ({"targets": ("rationale_then_label",), "answers": {}}, "no kept rationale with a gold label"),
+        ({"targets": ("rationale",), "answers": {}}, "none of the 3 training examples has a kept rationale\\. "),
+        ({"targets": ("label",), "answers": {}, "label_from": "teacher"}, "has a teacher's label\\. "),
+        ({"targets": ("rationale_then_label",), "answers": {}}, "has a kept rationale and a gold label\\. "),
+        (
+            {"targets": ("rationale_then_label",), "answers": {}, "label_from": "gold_else_teacher"},
+            "has a kept rationale and a gold or teacher's label",
+        ),
     ],
 )
 def test_a_target_without_a_row_is_an_error_that_says_what_to_do(

@@ -1,9 +1,8 @@
-"""A run folder belongs to one recipe: what is refused, what may change, and what is asked again after a change."""
+"""A run folder belongs to one recipe: what is refused, what may change, and which files are whose."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,11 @@ import pytest
 import yaml
 
 from distill_llm.core.errors import ConfigError, StorageError
-from distill_llm.core.files import Journal
-from distill_llm.pipeline.rationale_stage import check, read_material
-from distill_llm.pipeline.run import generate_rationales
+from distill_llm.core.files import write_json
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
-from distill_llm.rationales.dataset import read_rows
+from distill_llm.rationales.ledger import Prices, Spent, ledger_report
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.base import Completion, Request
-from distill_llm.teachers.gold import Gold
 
 YAML = """
 name: tiny
@@ -125,7 +120,7 @@ def test_a_moved_folder_is_the_same_run(recipe: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["train.max_steps=9", "student.config.d_model=8", "seed=3", "rationales.keep=[{kind: agrees_with_vote}]"],
+    ["train.max_steps=9", "student.config.d_model=8", "seed=3", "rationales.keep=[{kind: majority}]"],
 )
 def test_before_training_settings_may_change(override: str, recipe: Any) -> None:
     claim(recipe())
@@ -139,77 +134,39 @@ def test_before_training_name_and_task_may_not(override: str, key: str, recipe: 
         claim(recipe(override))
 
 
-class _Counted:
-    """Answers every other request wrongly, and counts what it is asked."""
-
-    identity = "counted"
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
-        for request in requests:
-            self.asked += 1
-            wrong = next(choice for choice in request.example.choices if choice != request.example.label)
-            label = wrong if int(request.example.id.rsplit("-", 1)[1]) % 2 else request.example.label
-            yield request, Completion(f"{request.example.rationale} so {label}", 3, 4)
+def test_what_only_says_how_the_teacher_is_asked_may_change(recipe: Any) -> None:
+    """After training too: what it wrote does not depend on it."""
+    teacher = "rationales.teacher={kind: openai_compatible, model: m}"
+    _begin_training(claim(recipe(teacher)))
+    manner = sorted(recipe(teacher).rationales.teacher.manner)
+    assert manner
+    changes = ["budget.max_requests=9", "prices.input_per_million=2", "allow_missing=0.5"]
+    assert claim(recipe(teacher, *(f"rationales.{change}" for change in changes))).recipe.is_file()
+    number = next(name for name in manner if type(getattr(recipe(teacher).rationales.teacher, name)) is int)
+    assert claim(recipe(teacher, f"rationales.teacher.{number}=3")).recipe.is_file()
+    with pytest.raises(ConfigError, match=r"rationales\.teacher\.model: 'm' there, 'n' here"):
+        claim(recipe(teacher, "rationales.teacher.model=n"))
 
 
-def test_another_keep_rule_asks_the_teacher_nothing(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = _Counted()
-    monkeypatch.setattr(Gold, "open", lambda self, **_: teacher)
-    run = generate_rationales(recipe())
-    journal = run.journal.read_bytes()
-    assert teacher.asked == 12
-    assert {row.outcome for row in read_rows(run.rationales("train"))} == {"kept"}
-
-    generate_rationales(recipe("rationales.keep=[{kind: agrees_with_label}]"))
-    assert teacher.asked == 12
-    assert run.journal.read_bytes() == journal
-    outcomes = [row.outcome for row in read_rows(run.rationales("train"))]
-    assert outcomes == ["kept", "rule: agrees_with_label"] * 6
+def test_each_process_has_a_journal_and_a_ledger_of_its_own(recipe: Any) -> None:
+    run = RunFolder(recipe().folder)
+    assert (run.journals(), run.ledgers()) == ([], [])
+    run.rationale_folder.mkdir(parents=True)
+    for process in (0, 1, 12):
+        run.journal(process).write_text("")
+        run.ledger(process).write_text("{}")
+    assert [path.name for path in run.journals()] == ["journal.1.jsonl", "journal.12.jsonl", "journal.jsonl"]
+    assert [path.name for path in run.ledgers()] == ["ledger.1.json", "ledger.12.json", "ledger.json"]
 
 
-@pytest.mark.parametrize(
-    "override", ["rationales.keep=[{kind: agrees_with_label}]", "rationales.sampling.temperature=0.5", "seed=5"]
-)
-def test_training_refuses_rationales_of_other_settings(recipe: Any, override: str) -> None:
-    run = generate_rationales(recipe())
-    splits = check(recipe())
-    assert read_material(recipe(), splits, run) is not None
-    with pytest.raises(ConfigError, match="made with another task, seed or `rationales` section"):
-        read_material(recipe(override), splits, run)
-
-
-def test_another_sampling_setting_asks_all_anew(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = _Counted()
-    monkeypatch.setattr(Gold, "open", lambda self, **_: teacher)
-    generate_rationales(recipe())
-    run = generate_rationales(recipe("rationales.sampling.temperature=0.5"))
-    assert teacher.asked == 24
-    assert len(Journal(run.journal).entries) == 24
-
-
-def test_torn_journal_asks_for_the_torn_completion_alone(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = _Counted()
-    monkeypatch.setattr(Gold, "open", lambda self, **_: teacher)
-    run = generate_rationales(recipe())
-    whole, rows = run.journal.read_bytes(), read_rows(run.rationales("train"))
-    run.journal.write_bytes(whole[:-9])
-    generate_rationales(recipe())
-    assert teacher.asked == 13
-    assert run.journal.read_bytes() == whole
-    assert read_rows(run.rationales("train")) == rows
-
-
-def test_spent_seconds_add_up(recipe: Any) -> None:
+def test_speed_is_that_of_what_was_spent(recipe: Any) -> None:
     run = claim(recipe())
     assert run.completions_per_second("train") is None
-    run.note_seconds("train", 30, 2.0)
-    run.note_seconds("train", 10, 3.0)
-    run.note_seconds("test", 5, 1.0)
+    spent = {"train": Spent(requests=50, completions=40, seconds=5.0), "test": Spent(completions=5)}
+    write_json(run.spent, ledger_report(spent, Prices()))
     assert run.completions_per_second("train") == 40 / 5
-    assert run.completions_per_second("test") == 5
+    assert run.completions_per_second("test") is None, "it was there already"
+    assert run.completions_per_second("validation") is None
 
 
 def test_open_run_reads_the_recipe_back(recipe: Any) -> None:

@@ -12,7 +12,7 @@ from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
 from distill_llm.models.load import read_tokenizer
-from distill_llm.pipeline.rationale_stage import check, gather
+from distill_llm.pipeline.rationale_stage import check, gather, read_material
 from distill_llm.pipeline.run import run as run_recipe
 from distill_llm.pipeline.run_folder import RunFolder, claim
 from distill_llm.pipeline.student_stage import Plan, make_plan, train_arms
@@ -40,7 +40,10 @@ def plan(tmp_path: Path) -> Any:
     def build(*overrides: str, train: bool = False) -> tuple[RunFolder, Plan]:
         recipe = recipe_from(parse_yaml(YAML, "tiny"), [f"run_dir={tmp_path / 'run'}", *overrides])
         run = claim(recipe)
-        material = gather(recipe, check(recipe), run, SILENT)
+        splits = check(recipe)
+        gather(recipe, splits, run, SILENT)
+        material = read_material(recipe, splits, run)
+        assert material is not None
         made = make_plan(recipe, material, run)
         if train:
             train_arms(recipe, material, made, run, ["all"], SILENT)
@@ -53,14 +56,10 @@ def _knows(run: RunFolder, word: str) -> bool:
     return word in read_tokenizer(str(run.tokenizer), where="test").get_vocab()
 
 
-def test_tokenizer_of_a_failed_attempt_is_made_anew(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unlabelled, the rule keeps nothing: words of rationales only come in once it is loosened."""
-    import distill_llm.rationales.keep as keep
-
-    with monkeypatch.context() as patched:
-        patched.setattr(keep.AgreesWithLabel, "keeps", lambda self, chain: False)
-        with pytest.raises(DataError, match="the target 'rationale' has no row"):
-            plan("rationales.keep=[{kind: agrees_with_label}]")
+def test_tokenizer_of_a_failed_attempt_is_made_anew(plan: Any) -> None:
+    """A rule that keeps nothing: words of rationales only come in once it is loosened."""
+    with pytest.raises(DataError, match="the target 'rationale' has no row"):
+        plan("rationales.keep=[{kind: max_rationale_tokens, tokens: 1}]")
     run, _ = plan()
     assert _knows(run, ">")
     assert _knows(run, "ann")
@@ -104,9 +103,15 @@ def _unlabelled(tmp_path: Path) -> list[str]:
     ]
 
 
+RATIONALES_ALONE = (
+    "label_from=gold",  # so that no votes stand in for the labels that are not there
+    "objective=[{name: rationale, loss: {kind: cross_entropy}, targets: [rationale]}]",
+)
+
+
 def test_without_validation_labels_the_last_step_is_kept(plan: Any, tmp_path: Path) -> None:
     """An accuracy of nothing would be 0 at every checkpoint, and the first one would win."""
-    run, _ = plan(*_unlabelled(tmp_path), "train.max_steps=3", "train.validate_every=1", train=True)
+    run, _ = plan(*_unlabelled(tmp_path), *RATIONALES_ALONE, "train.max_steps=3", "train.validate_every=1", train=True)
     result = read_json(run.result("student"))
     assert result["validation_accuracy"] is None
     assert result["best_step"] == result["steps"] == 3
@@ -114,7 +119,15 @@ def test_without_validation_labels_the_last_step_is_kept(plan: Any, tmp_path: Pa
 
 def test_without_validation_labels_nothing_can_be_tuned(plan: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.tune: no validation example has a label"):
-        plan(*_unlabelled(tmp_path), "train.tune=[1e-3, 1e-2]", train=True)
+        plan(*_unlabelled(tmp_path), *RATIONALES_ALONE, "train.tune=[1e-3, 1e-2]", train=True)
+
+
+@pytest.mark.parametrize("label_from", ["teacher", "gold_else_teacher"])
+def test_votes_choose_where_validation_has_no_labels(plan: Any, tmp_path: Path, label_from: str) -> None:
+    run, _ = plan(*_unlabelled(tmp_path), f"label_from={label_from}", "train.tune=[1e-3, 1e-2]", train=True)
+    result = read_json(run.result("student"))
+    assert [trial["learning_rate"] for trial in result["trials"]] == [1e-3, 1e-2]
+    assert 0 <= result["validation_accuracy"] <= 1
 
 
 def test_unlabelled_test_data_is_said_before_anything_is_written(tmp_path: Path) -> None:

@@ -139,7 +139,19 @@ def test_key_that_stands_twice_is_refused(text: str, key: str, line: int) -> Non
         (["objective.label.wieght=2"], ["objective.label.wieght", "is 2", "Did you mean 'weight'?"]),
         (["student.lora={rnk: 4}"], ["student.lora.rnk", "is 4", "Did you mean 'rank'?"]),
         (["rationales.sampling.temprature=1"], ["rationales.sampling.temprature", "Did you mean 'temperature'?"]),
-        (["rationales.prompt.zzz=1"], ["rationales.prompt.zzz", "Known keys: exemplars, num_exemplars, template"]),
+        (
+            ["rationales.prompt.zzz=1"],
+            ["rationales.prompt.zzz", "Known keys: exemplars, num_exemplars, style, system, template"],
+        ),
+        (["rationales.prompt.system=hello"], ["rationales.prompt", "set style: chat"]),
+        (["rationales.hint_retry.template=hello"], ["rationales.hint_retry.template", "{question} and {answer}"]),
+        (["rationales.budget.max_tokens=-1"], ["rationales.budget.max_tokens", "greater than or equal to 0"]),
+        (["rationales.budget.max_cost=1"], ["rationales", "budget.max_cost needs `prices`"]),
+        (["rationales.budget.max_request=1"], ["rationales.budget.max_request", "Did you mean 'max_requests'?"]),
+        (["rationales.prices.currency=euro"], ["rationales.prices.currency", "should match pattern", "it is 'euro'"]),
+        (["rationales.allow_missing=2"], ["rationales.allow_missing", "less than or equal to 1", "it is 2"]),
+        (["rationales.sampling.top_logprobs=101"], ["rationales.sampling.top_logprobs", "it is 101"]),
+        (["rationales.keep=[{kind: max_rationale_tokens}]"], ["rationales.keep.0.tokens", "required"]),
         (["evaluate.qqq=1"], ["evaluate.qqq", "Known keys: ablations, batch_rows"]),
         (["train.max_steps=-1"], ["train.max_steps", "greater than or equal to 0", "it is -1"]),
         (["train.max_steps=many"], ["train.max_steps", "valid integer", "it is 'many'"]),
@@ -256,9 +268,17 @@ def test_target_that_needs_rationales(target: str) -> None:
     assert f"objective.rationale.targets: ['{target}'] need rationales" in message
 
 
-def test_labels_of_a_teacher_need_rationales() -> None:
-    message = _refused("rationales=null", "label_from=teacher", "objective.rationale.targets=[label]")
-    assert "label_from: teacher needs a `rationales` section" in message
+@pytest.mark.parametrize("label_from", ["teacher", "gold_else_teacher"])
+def test_labels_of_a_teacher_need_rationales(label_from: str) -> None:
+    message = _refused("rationales=null", f"label_from={label_from}", "objective.rationale.targets=[label]")
+    assert f"label_from: {label_from} needs a `rationales` section" in message
+
+
+def test_hints_explain_gold_labels_and_cannot_go_with_votes() -> None:
+    message = _refused("rationales.hint_retry={}", "label_from=teacher")
+    assert "rationales.hint_retry explains gold labels, but label_from: teacher learns the votes" in message
+    for label_from in ("gold", "gold_else_teacher"):
+        assert _load("rationales.hint_retry={}", f"label_from={label_from}").label_from == label_from
 
 
 @pytest.mark.parametrize(
@@ -315,7 +335,8 @@ def test_run_dir_takes_the_name() -> None:
 
 
 def test_known_keys_go_through_kinds_and_lists() -> None:
-    assert known_keys(["objective", "0", "loss", "forward_kl"]) == ["kind", "temperature"]
+    assert {"kind", "temperature"} <= set(known_keys(["objective", "0", "loss", "forward_kl"]))
+    assert known_keys(["rationales", "keep", "0", "shortest"]) == ["kind", "chains"]
     assert "batch_rows" in known_keys(["rationales", "teacher", "transformers"])
 
 

@@ -1,0 +1,90 @@
+"""What the command line shows of the first stage: a preview, and the funnel with the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from distill_llm.hub.upload import Upload
+    from distill_llm.pipeline.preview import Preview
+
+
+def show_preview(preview: Preview, console: Console) -> None:
+    about = "" if preview.exact else "about "
+    console.rule(f"the prompt of example {preview.example_id}", align="left")
+    console.print(preview.prompt, markup=False, highlight=False)
+    console.rule(align="left")
+    least, mean, most = preview.tokens_a_request
+    console.print(f"tokens a prompt: {about}{least:,} to {most:,}, mean {mean:,}", highlight=False)
+    if not preview.exact:
+        console.print("(a token is taken for 4 characters: the teacher's tokenizer is not at hand)", highlight=False)
+    table = _table("split", "requests", "answered already", "tokens in", "tokens out, at most")
+    for part in preview.splits:
+        table.add_row(
+            part.split,
+            f"{part.requests:,}",
+            f"{part.answered:,}",
+            f"{about}{part.tokens_in:,}",
+            f"{part.most_tokens_out:,}",
+        )
+    console.print(table)
+    if preview.most_hinted:
+        console.print(f"and, for wrong votes, at most {preview.most_hinted:,} requests with a hint", highlight=False)
+    cost = "unknown: the recipe has no rationales.prices"
+    if preview.most_cost is not None:
+        cost = f"{about}{preview.most_cost:,.2f} {preview.currency} at most"
+    console.print(f"cost: {cost}", highlight=False)
+    console.print("Nothing was asked, nothing was written.", highlight=False)
+
+
+def show_funnel(funnel: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Of what was asked, how much is left at each step, and why the rest fell out."""
+    table = _table("split", "examples", "asked", "completed", "parsed", "agreed", "kept", "votes right")
+    for split, counts in funnel.items():
+        accuracy = counts["accuracy"]
+        table.add_row(
+            split,
+            *(f"{counts[name]:,}" for name in ("examples", "asked", "completed", "parsed", "agreed", "kept")),
+            f"{accuracy:.2%} of {counts['known']:,}" if accuracy is not None else "no labels",
+        )
+    console.print(table)
+    for split, counts in funnel.items():
+        reasons = [f"{number:,} {reason}" for reason, number in counts["dropped"].items()]
+        reasons += [f"{counts['kept_hinted']:,} kept with a hint"] if counts["kept_hinted"] else []
+        reasons += [f"{counts['cut']:,} cut at max_new_tokens"] if counts["cut"] else []
+        if reasons:
+            console.print(f"{split}: {'; '.join(reasons)}", highlight=False)
+
+
+def show_ledger(report: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """What it took, all runs together."""
+    total = report["total"]
+    if total["seconds"] < 1 and not total["tokens_out"]:
+        return  # nothing was computed: it was there already
+    retries = f", {total['retries']:,} of them retries" if total["retries"] else ""
+    failures = f", {total['failures']:,} failed" if total["failures"] else ""
+    cost = f", {total['cost']:,.4f} {total['currency']}" if total["cost"] is not None else ""
+    console.print(
+        f"spent: {total['requests']:,} requests{retries}{failures}; {total['tokens_in']:,} tokens in, "
+        f"{total['tokens_out']:,} out; {total['seconds']:,.0f} s, {total['tokens_per_second']:,.0f} tokens/s{cost}",
+        highlight=False,
+    )
+
+
+def show_uploads(files: Sequence[Upload], console: Console) -> None:
+    table = _table("file", "bytes")
+    for upload in files:
+        table.add_row(upload.path_in_repo, f"{upload.num_bytes:,}")
+    console.print(table)
+    console.print("Nothing was sent.", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
