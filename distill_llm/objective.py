@@ -5,14 +5,23 @@ B rows, N supervised tokens, K terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from distill_llm.core.component import Component, any_of
 from distill_llm.core.example import TARGETS, Target
-from distill_llm.core.signals import IGNORE_INDEX, Batch, Signals, aligned_labels
+from distill_llm.core.schedule import Schedule, number_at
+from distill_llm.core.signals import (
+    IGNORE_INDEX,
+    Batch,
+    LazySignals,
+    Signals,
+    TargetSignals,
+    aligned_labels,
+)
 from distill_llm.losses.base import Loss
 
 if TYPE_CHECKING:
@@ -30,7 +39,15 @@ class Term(Component):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="shown in logs; unique in the objective")
     loss: AnyLoss
     targets: tuple[Target, ...] = Field(min_length=1, description="the rows that the term looks at")
-    weight: float = Field(default=1.0, gt=0)
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Schedule = Field(
+        default=1.0, description="a number, or a schedule"
+    )
+    until: float = Field(
+        default=1.0, gt=0, le=1, description="the share of the training's steps after which the term is dropped"
+    )
+    row_weight: Literal["equal", "agreement"] = Field(
+        default="equal", description="agreement: a row counts as much as the teacher's votes on it agreed"
+    )
     teacher: str | None = Field(default=None, description="one of the recipe's `teachers`; absent for hard labels")
 
     @model_validator(mode="after")
@@ -44,6 +61,29 @@ class Term(Component):
         if not self.loss.needs_teacher and self.teacher is not None:
             raise ValueError(f"{kind} looks at no teacher, but `teacher: {self.teacher}` is set. Remove it")
         return self
+
+    def at(self, progress: float) -> Term:
+        """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
+        return self.model_copy(update={"weight": number_at(self.weight, progress), "loss": self.loss.at(progress)})
+
+    def of_each(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
+        """The loss of each of the term's tokens, times what its row counts."""
+        if teacher is not None:
+            width = teacher.logits.size(-1)
+            student, teacher = student.narrowed(width), teacher.narrowed(width)
+        losses = self.loss(student, teacher)
+        if self.row_weight == "equal" or student.agreement is None:
+            return losses
+        return losses * student.agreement
+
+    def mean_of(
+        self, student: Signals, teacher: Signals | None, count: Int[Tensor, ""]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """What these tokens, of ``count`` in all, add to the loss; and to the term's mean, without a gradient."""
+        weight = self.weight
+        assert not isinstance(weight, Schedule), "a schedule is a number only `at` some progress"
+        mean = self.of_each(student, teacher).sum() / count.clamp_min(1)
+        return weight * mean, mean.detach()
 
     def owns(self, targets: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Which entries belong to this term."""
@@ -59,16 +99,35 @@ def targets_of(terms: Iterable[Term]) -> tuple[Target, ...]:
     return tuple(target for target in TARGETS if target in wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens of one target, from ``start`` to ``stop`` among all; ``first`` counts from the target's first token.
+
+    ``terms`` are the indices of those that own the target, ``teachers`` what theirs say of all its tokens.
+    """
+
+    start: int
+    stop: int
+    first: int
+    terms: tuple[int, ...]
+    teachers: Mapping[str, Signals | TargetSignals]
+
+
 class Objective:
     """``loss = sum_k weight_k * sum_{n in k} loss_k(n) / count_k``.
 
     ``count_k`` is the number of tokens of term k over the whole accumulated batch and all ranks, so a label of two
     tokens is not drowned by a rationale of eighty. With terms label and rationale this is the loss of Hsieh et al.
-    2023, arXiv:2305.02301, eq. 3, with its two means over tokens.
+    2023, arXiv:2305.02301, eq. 3, with its two means over tokens. Row weights multiply losses, not counts: what a row
+    adds does not depend on the weights of others.
     """
 
     def __init__(self, terms: Sequence[Term]):
         self.terms = tuple(terms)
+
+    def at(self, progress: float) -> Objective:
+        """The objective when a share ``progress`` (0..1) of the training is done: without terms that have ended."""
+        return Objective([term.at(progress) for term in self.terms if progress < term.until])
 
     def counts(self, batch: Batch) -> Int[Tensor, " K"]:
         """Supervised tokens of each term in one batch."""
@@ -87,19 +146,66 @@ class Objective:
                 wanted = wanted | term.owns(batch["targets"])
         return wanted
 
+    def asks(self, teacher: str) -> frozenset[int]:
+        """The targets (index into TARGETS) about which some term asks this teacher."""
+        return frozenset(
+            TARGETS.index(target) for term in self.terms if term.teacher == teacher for target in term.targets
+        )
+
     def __call__(
-        self, student: Signals, teachers: Mapping[str, Signals], counts: Int[Tensor, " K"]
+        self, student: Signals | LazySignals, teachers: Mapping[str, Signals | LazySignals], counts: Int[Tensor, " K"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, and each term's share of its mean. A teacher's signals may cover only the targets it teaches."""
+        """The loss, and each term's share of its mean. A teacher's signals may cover only the targets it teaches.
+
+        A student's lazy signals are gone through in chunks: the same loss and gradients, but for rounding.
+        """
+        if isinstance(student, LazySignals):
+            return self._in_chunks(student, teachers, counts)
         total = student.logits[:0].float().sum()  # zero: keeps the graph alive when no term has a token here
         means: dict[str, Tensor] = {}
         for term, count in zip(self.terms, counts, strict=True):
             said = student.where(term.owns(student.targets))
             taught = None
             if term.teacher is not None:
-                taught = teachers[term.teacher]
-                taught = taught.where(term.owns(taught.targets))
-            mean = term.loss(said, taught).sum() / count.clamp_min(1)
-            total = total + term.weight * mean
-            means[term.name] = mean.detach()
+                everything = teachers[term.teacher]
+                assert isinstance(everything, Signals), "lazy signals belong beside lazy ones"
+                taught = everything.where(term.owns(everything.targets))
+            part, means[term.name] = term.mean_of(said, taught, count)
+            total = total + part
         return total, means
+
+    def _in_chunks(
+        self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals], counts: Int[Tensor, " K"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        import torch
+
+        from distill_llm.models.head import summed_in_chunks
+
+        chunks = list(self._chunks(student, teachers))
+
+        def loss_of(said: Signals, number: int) -> tuple[Tensor, Tensor]:
+            chunk = chunks[number]
+            last = chunk.first + chunk.stop - chunk.start
+            taught = {name: signals.part(chunk.first, last) for name, signals in chunk.teachers.items()}
+            means = counts.new_zeros(len(self.terms), dtype=torch.float32)
+            total = means.sum()
+            for index in chunk.terms:
+                term = self.terms[index]
+                part, means[index] = term.mean_of(said, taught.get(term.teacher or ""), counts[index])
+                total = total + part
+            return total, means
+
+        spans = [(chunk.start, chunk.stop) for chunk in chunks]
+        total, means = summed_in_chunks(student, spans, loss_of, len(self.terms))
+        return total, {term.name: mean for term, mean in zip(self.terms, means.unbind(), strict=True)}
+
+    def _chunks(self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals]) -> Iterator[_Chunk]:
+        """All tokens of a chunk belong to the same terms, because they are of one target."""
+        for target, (start, stop) in student.tokens.spans.items():
+            terms = tuple(index for index, term in enumerate(self.terms) if TARGETS[target] in term.targets)
+            if not terms:
+                continue
+            names = {self.terms[index].teacher for index in terms} - {None}
+            said = {name: teachers[name].of_target(target) for name in names if name is not None}
+            for at in range(start, stop, student.chunk_tokens):
+                yield _Chunk(at, min(at + student.chunk_tokens, stop), at - start, terms, said)

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.component import Component
-from distill_llm.core.signals import Batch, Signals, model_inputs, select_rows, signals_of
+from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, select_rows, signals_of
+from distill_llm.teachers.base import LazyTeacher
 
 if TYPE_CHECKING:
+    from distill_llm.models.head import OutputHead
     from distill_llm.objective import Objective
     from distill_llm.teachers.base import TensorTeacher
 
-Comparison = tuple[Signals, Mapping[str, Signals]]
-"""A student's signals, and those of its teachers."""
+Comparison = tuple[Signals | LazySignals, Mapping[str, Signals | LazySignals]]
+"""A student's signals, and those of its teachers. A teacher's are lazy only where the student's are."""
 
 
 class Scheme(Component):
@@ -24,18 +26,44 @@ class Scheme(Component):
         return batches
 
     def compare(
-        self, model: Any, teachers: Mapping[str, TensorTeacher], batch: Batch, objective: Objective
+        self,
+        model: Any,
+        teachers: Mapping[str, TensorTeacher],
+        batch: Batch,
+        objective: Objective,
+        head: OutputHead | None = None,
     ) -> list[Comparison]:
         """Forwards student and teachers. One pair, unless peers teach each other.
 
         ``model`` is the wrapped model: calling an inner module would skip the gradient's reduction over ranks.
+        ``head``: the student's, where its logits are to be made in chunks; None: all at once.
         """
+        if head is not None:
+            student = head.read(model, batch)
+            return [(student, _lazily(teachers, batch, objective, student))]
         student = signals_of(model(**model_inputs(batch)).logits, batch)
         said = {}
         for name, teacher in teachers.items():
+            if not any(term.teacher == name for term in objective.terms):
+                continue  # its terms have ended
             rows = objective.rows_for(name, batch)
             if bool(rows.any()):
                 said[name] = teacher.signals(select_rows(batch, rows))
             else:
                 said[name] = student.where(student.targets < 0)
         return [(student, said)]
+
+
+def _lazily(
+    teachers: Mapping[str, TensorTeacher], batch: Batch, objective: Objective, student: LazySignals
+) -> dict[str, Signals | LazySignals]:
+    """What each teacher says of the targets that it is asked about; nothing of one that has no token here."""
+    said: dict[str, Signals | LazySignals] = {}
+    here = set(student.tokens.spans)
+    for name, teacher in teachers.items():
+        asked = objective.asks(name) & here
+        if not asked:
+            continue
+        part = batch if asked == here else select_rows(batch, objective.rows_for(name, batch))
+        said[name] = teacher.lazy_signals(part) if isinstance(teacher, LazyTeacher) else teacher.signals(part)
+    return said

@@ -6,22 +6,38 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distill_llm.core.signals import Batch, Signals, model_inputs, signals_of
+from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, signals_of
 from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from distill_llm.models.head import OutputHead
+
 
 class FrozenTeacher:
-    def __init__(self, model: nn.Module):
+    """``width``: words that it speaks of; None where its head has no more than its tokenizer."""
+
+    def __init__(self, model: nn.Module, width: int | None = None):
         self._model: Any = model.eval().requires_grad_(False)
+        self._width = width
+        self._head: OutputHead | None = None
 
     def signals(self, batch: Batch) -> Signals:
         import torch
 
         with torch.no_grad():
-            return signals_of(self._model(**model_inputs(batch)).logits, batch)
+            return signals_of(self._model(**model_inputs(batch)).logits[..., : self._width], batch)
+
+    def lazy_signals(self, batch: Batch) -> LazySignals:
+        import torch
+
+        from distill_llm.models.head import OutputHead
+
+        if self._head is None:
+            self._head = OutputHead(self._model, width=self._width, whose="teachers: frozen")
+        with torch.no_grad():
+            return self._head.read(self._model, batch)
 
 
 class Frozen(TensorTeacherSpec):
@@ -44,7 +60,7 @@ class Frozen(TensorTeacherSpec):
         vocabulary = read_tokenizer(self.model, self.revision, where=where).get_vocab()
         student.must_share(vocabulary, read_config(self.model, self.revision, where=where), where=where)
         model = load_model(self.model, self.revision, where=where, dtype=self.dtype)
-        return FrozenTeacher(model.to(student.device))
+        return FrozenTeacher(model.to(student.device), student.width)
 
     def num_parameters(self) -> int:
         from distill_llm.models.load import count_parameters

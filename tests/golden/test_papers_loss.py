@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from distill_llm.core.example import TARGETS
+from distill_llm.core.schedule import Schedule
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.losses.jensen_shannon import JensenShannon
 from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective, Term
 from distill_llm.recipe.train import TrainSpec
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _rows(*, num_examples: int = 4, vocabulary: int = 40) -> list[Row]:
-    """A short label and a long rationale for each example, all of different lengths."""
+    """A short label and a long rationale for each example, all of different lengths and agreements."""
     draw = torch.Generator().manual_seed(5)
 
     def ids(count: int) -> list[int]:
@@ -36,8 +38,9 @@ def _rows(*, num_examples: int = 4, vocabulary: int = 40) -> list[Row]:
 
     rows = []
     for example in range(num_examples):
-        rows.append(Row(example, "label", ids(4 + example), [*ids(example % 2), 1]))
-        rows.append(Row(example, "rationale", ids(5 + 2 * example), [*ids(9 + 5 * example), 1]))
+        agreement = 1.0 - example / 5
+        rows.append(Row(example, "label", ids(4 + example), [*ids(example % 2), 1], agreement))
+        rows.append(Row(example, "rationale", ids(5 + 2 * example), [*ids(9 + 5 * example), 1], agreement))
     return rows
 
 
@@ -52,16 +55,17 @@ def _trainer(
     folder: Path,
     *,
     rows_per_batch: int,
+    steps: int = 1,
     **options: Any,
 ) -> DistillTrainer:
     spec = TrainSpec(
-        max_steps=1, rows_per_step=8, rows_per_batch=rows_per_batch, schedule="constant", max_grad_norm=1e9
+        max_steps=steps, rows_per_step=8, rows_per_batch=rows_per_batch, schedule="constant", max_grad_norm=1e9
     )
     return DistillTrainer(
         model=student.model,
-        args=make_arguments(spec, folder, max_steps=1, seed=3, validates=False),
+        args=make_arguments(spec, folder, max_steps=steps, seed=3, validates=False),
         rows=rows,
-        step_sampler=StepSampler(rows, rows_per_step=8, rows_per_batch=rows_per_batch, max_steps=1, seed=3),
+        step_sampler=StepSampler(rows, rows_per_step=8, rows_per_batch=rows_per_batch, max_steps=steps, seed=3),
         collator=collator_for(student),
         scheme=StepByStep(),
         objective=objective,
@@ -164,6 +168,80 @@ def test_the_update_does_not_depend_on_the_micro_batches(
             assert moved < 1e-6, f"{name} is {moved} off with {rows_per_batch} rows a micro-batch"
     moved = max((weight - start.model.get_parameter(name)).abs().max() for name, weight in after[1].items())
     assert moved > 1e-3, "the step must be large beside the tolerance"
+
+
+CHANGING = Objective(
+    [
+        Term(
+            name="label",
+            loss=CrossEntropy(),
+            targets=("label",),
+            weight=Schedule(start=0.5, end=1.5, over=0.5),
+            row_weight="agreement",
+        ),
+        Term(name="rationale", loss=CrossEntropy(), targets=("rationale",), row_weight="agreement"),
+        Term(
+            name="soft",
+            loss=JensenShannon(mixture=0.3, temperature=Schedule(start=4.0, end=2.0)),
+            targets=("rationale",),
+            weight=5.0,
+            until=0.5,
+            row_weight="agreement",
+            teacher="big",
+        ),
+    ]
+)
+
+
+def test_nor_with_schedules_and_row_weights(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    """Four steps of 8 rows, cut in four ways, against the formula with its numbers of each step written out."""
+    rows, start, teacher = _rows(), tiny_model(seed=6), tiny_model(seed=7)
+    start.model.double()
+    teacher.model.double()
+    expected = LoadedModel(copy.deepcopy(start.model), start.tokenizer)
+    reference = _optimizer("sgd", expected.model)
+    for label_weight, temperature in ((0.5, 4.0), (1.0, 3.5), (1.5, None), (1.5, None)):
+        reference.zero_grad()
+        _changing_formula(expected, teacher, rows, label_weight, temperature).backward()
+        reference.step()
+    for rows_per_batch in (8, 4, 2, 1):
+        student = LoadedModel(copy.deepcopy(start.model), start.tokenizer)
+        trainer = _trainer(
+            student,
+            rows,
+            CHANGING,
+            tmp_path / str(rows_per_batch),
+            rows_per_batch=rows_per_batch,
+            steps=4,
+            teachers={"big": FrozenTeacher(teacher.model)},
+            optimizers=(_optimizer("sgd", student.model), None),
+        )
+        trainer.train()
+        for name, weight in expected.model.named_parameters():
+            off = (student.model.get_parameter(name) - weight).abs().max().item()
+            assert off < 2e-6, f"{name} is {off} off with {rows_per_batch} rows a micro-batch"
+    moved = max(
+        (weight - start.model.get_parameter(name)).abs().max() for name, weight in expected.model.named_parameters()
+    )
+    assert moved > 1e-2, "the steps must be large beside the tolerance"
+
+
+def _changing_formula(
+    student: LoadedModel, teacher: LoadedModel, rows: Sequence[Row], label_weight: float, temperature: float | None
+) -> torch.Tensor:
+    """CHANGING at one step, row by row, in float64; no temperature where the teacher's term has ended."""
+    sums: dict[str, list[torch.Tensor]] = {"label": [], "rationale": [], "soft": []}
+    for row in rows:
+        z, t = (_label_logits(model, row) for model in (student, teacher))
+        ids = torch.tensor(row.label_ids)
+        sums[row.target] += list(-row.agreement * z.log_softmax(-1)[torch.arange(len(ids)), ids])
+        if row.target == "rationale" and temperature:
+            p, q = (t / temperature).softmax(-1).detach(), (z / temperature).softmax(-1)
+            m = 0.3 * p + 0.7 * q
+            each = 0.3 * (p * (p / m).log()).sum(-1) + 0.7 * (q * (q / m).log()).sum(-1)
+            sums["soft"] += list(row.agreement * temperature**2 * each)
+    loss = label_weight * torch.stack(sums["label"]).mean() + torch.stack(sums["rationale"]).mean()
+    return loss + 5.0 * torch.stack(sums["soft"]).mean() if temperature else loss
 
 
 def _optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -125,7 +125,7 @@ def test_two_processes_train_what_one_process_trains(
 WAITING = """
 import time
 from pathlib import Path
-from distill_llm.training.distributed import main_first, summed
+from distill_llm.core.processes import main_first, summed
 made = Path("made")
 main_first(lambda: (time.sleep(2), made.touch()) and None)
 assert made.exists(), "this process did not wait"

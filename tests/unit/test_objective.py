@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from distill_llm.core.schedule import Schedule
 from distill_llm.core.signals import Signals, signals_of
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
@@ -143,12 +147,21 @@ class _Asked:
         return self._teacher.signals(batch)
 
 
+def _compared(
+    student: LoadedModel, teachers: dict[str, Any], batch: dict[str, Any], objective: Objective
+) -> tuple[Signals, dict[str, Signals]]:
+    """What student and teachers say, with all logits at once."""
+    ((said, taught),) = StepByStep().compare(student.model, teachers, batch, objective)
+    assert isinstance(said, Signals)
+    return said, {name: signals for name, signals in taught.items() if isinstance(signals, Signals)}
+
+
 def test_the_scheme_asks_a_teacher_about_its_own_rows_only(tiny_model: Callable[..., LoadedModel]) -> None:
     """With the same numbers as if it had been asked about everything."""
     student, big = tiny_model(seed=1), tiny_model(seed=2)
     batch = Collator(0, 0 if student.is_encoder_decoder else None)(ROWS)
     teacher, objective = _Asked(big), Objective([RATIONALE, SOFT])
-    ((said, taught),) = StepByStep().compare(student.model, {"big": teacher}, batch, objective)
+    said, taught = _compared(student, {"big": teacher}, batch, objective)
     (asked,) = teacher.batches
     assert asked["targets"].tolist() == [0, 0]
     assert asked["labels"].size(1) < batch["labels"].size(1)
@@ -160,8 +173,98 @@ def test_the_scheme_asks_a_teacher_about_its_own_rows_only(tiny_model: Callable[
 def test_a_teacher_without_a_row_in_the_batch_is_not_run(tiny_t5: Callable[..., LoadedModel]) -> None:
     student, teacher = tiny_t5(seed=1), _Asked(tiny_t5(seed=2))
     batch = Collator(0, 0)([ROWS[1]])
-    ((said, taught),) = StepByStep().compare(student.model, {"big": teacher}, batch, Objective([RATIONALE, SOFT]))
+    said, taught = _compared(student, {"big": teacher}, batch, Objective([RATIONALE, SOFT]))
     assert teacher.batches == []
     assert len(taught["big"].token_ids) == 0
     loss, _ = Objective([RATIONALE, SOFT])(said, taught, torch.tensor([6, 1]))
     torch.testing.assert_close(loss, 0.5 * torch.nn.functional.cross_entropy(said.logits, said.token_ids))
+
+
+def test_a_scheduled_weight_is_that_of_the_progress() -> None:
+    student, counts = _signals(1, [0, 1, 0]), torch.tensor([2, 1])
+    falling = RATIONALE.model_copy(update={"weight": Schedule(start=2.0, end=0.5, over=0.5)})
+    for progress, weight in ((0.0, 2.0), (0.25, 1.25), (0.5, 0.5), (0.99, 0.5)):
+        loss, means = Objective([LABEL, falling]).at(progress)(student, {}, counts)
+        torch.testing.assert_close(loss, means["label"] + weight * means["rationale"])
+
+
+def test_a_weight_of_zero_leaves_no_gradient() -> None:
+    student = _signals(1, [1, 1])
+    student.logits.requires_grad_()
+    faded = RATIONALE.model_copy(update={"weight": Schedule(start=1.0, end=0.0, over=0.5)})
+    Objective([faded]).at(0.5)(student, {}, torch.tensor([2]))[0].backward()
+    assert student.logits.grad is not None
+    assert student.logits.grad.abs().max() == 0
+
+
+def test_a_term_takes_part_in_the_first_share_of_the_steps_exactly() -> None:
+    """In ceil(until * steps) of them, counted with fractions: division must not add or lose a step by rounding."""
+    for percent in range(1, 100):
+        objective = Objective([LABEL, RATIONALE.model_copy(update={"until": percent / 100})])
+        for steps in (1, 3, 7, 10, 30, 49, 100, 300):
+            active = [len(objective.at(step / steps).terms) == 2 for step in range(steps)]
+            expected = ceil(Fraction(percent, 100) * steps)
+            assert active == [True] * expected + [False] * (steps - expected), (percent, steps)
+
+
+def test_a_teacher_whose_terms_have_ended_is_not_run(tiny_model: Callable[..., LoadedModel]) -> None:
+    student, teacher = tiny_model(seed=1), _Asked(tiny_model(seed=2))
+    batch = Collator(0, 0 if student.is_encoder_decoder else None)(ROWS)
+    objective = Objective([LABEL, SOFT.model_copy(update={"until": 0.5})])
+    for progress, asked, terms in ((0.0, 1, {"label", "soft"}), (0.49, 2, {"label", "soft"}), (0.5, 2, {"label"})):
+        now = objective.at(progress)
+        said, taught = _compared(student, {"big": teacher}, batch, now)
+        _, means = now(said, taught, now.counts(batch))
+        assert len(teacher.batches) == asked
+        assert set(means) == terms
+
+
+def test_a_teacher_with_another_term_that_goes_on_is_still_run(tiny_t5: Callable[..., LoadedModel]) -> None:
+    """And then about the rows of that term alone."""
+    student, teacher = tiny_t5(seed=1), _Asked(tiny_t5(seed=2))
+    objective = Objective([SOFT.model_copy(update={"until": 0.5}), SOFT_LONG])
+    StepByStep().compare(student.model, {"big": teacher}, Collator(0, 0)(ROWS), objective.at(0.6))
+    (asked,) = teacher.batches
+    assert asked["targets"].tolist() == [2]
+
+
+AGREED = [row if index % 2 else replace(row, agreement=0.25) for index, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("start", [0, None])
+def test_row_weights_multiply_losses_and_leave_counts_alone(start: int | None) -> None:
+    """A row of little agreement adds little; what the others add stays as it was."""
+    batch = Collator(0, start)(AGREED)
+    logits = torch.randn(4, batch["labels"].size(1), 20, generator=torch.Generator().manual_seed(1))
+    student = signals_of(logits, batch)
+    weighed = BOTH.model_copy(update={"row_weight": "agreement"})
+    assert Objective([weighed]).counts(batch).tolist() == Objective([BOTH]).counts(batch).tolist() == [9]
+    each = torch.nn.functional.cross_entropy(student.logits, student.token_ids, reduction="none")
+    # the first row has 2 tokens and an agreement of 0.25, the second 6 and the third 1
+    shares = torch.tensor([0.25] * 2 + [1.0] * 6 + [0.25])
+    loss, means = Objective([weighed])(student, {}, torch.tensor([9]))
+    torch.testing.assert_close(loss, (shares * each[:9]).sum() / 9)
+    torch.testing.assert_close(means["both"], loss)
+    plain, _ = Objective([BOTH])(student, {}, torch.tensor([9]))
+    torch.testing.assert_close(plain, each[:9].sum() / 9)
+
+
+def test_row_weights_count_in_terms_with_a_teacher_too() -> None:
+    """Each token of the term has its own row's weight, also where other targets stand between."""
+    targets, agreement = [0, 1, 0, 1, 0], torch.tensor([1.0, 0.1, 0.5, 0.1, 0.25])
+    student, teacher = replace(_signals(1, targets), agreement=agreement), _signals(2, targets)
+    weighed = SOFT.model_copy(update={"row_weight": "agreement"})
+    loss, _ = Objective([weighed])(student, {"big": teacher}, torch.tensor([3]))
+    p, q = teacher.logits[[0, 2, 4]].softmax(-1), student.logits[[0, 2, 4]].softmax(-1)
+    torch.testing.assert_close(loss, 2.0 * ((p * (p / q).log()).sum(-1) * torch.tensor([1.0, 0.5, 0.25])).sum() / 3)
+
+
+def test_words_beyond_the_teachers_are_left_out_on_both_sides() -> None:
+    """The student's head may be wider; a loss on hard labels sees all of it."""
+    targets = [0, 0, 0]
+    student, teacher = _signals(1, targets, vocabulary=10), _signals(2, targets, vocabulary=6)
+    loss, means = Objective([LABEL, SOFT])(student, {"big": teacher}, torch.tensor([3, 3]))
+    p, q = teacher.logits.softmax(-1), student.logits[:, :6].softmax(-1)
+    torch.testing.assert_close(means["soft"], (p * (p / q).log()).sum() / 3)
+    torch.testing.assert_close(means["label"], torch.nn.functional.cross_entropy(student.logits, student.token_ids))
+    torch.testing.assert_close(loss, means["label"] + 2.0 * means["soft"])

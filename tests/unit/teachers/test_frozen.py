@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,14 +12,21 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.signals import model_inputs, signals_of
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
+from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.losses.jensen_shannon import JensenShannon
+from distill_llm.losses.logit_mse import LogitMSE
+from distill_llm.models.load import LoadedModel
+from distill_llm.objective import Objective, Term
+from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.base import StudentFacts
-from distill_llm.teachers.frozen import Frozen
+from distill_llm.teachers.frozen import Frozen, FrozenTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from distill_llm.models.load import LoadedModel
+    from distill_llm.losses.base import Loss
+    from distill_llm.teachers.base import TensorTeacher
 
 ROWS = [Row(0, "label", [5, 6, 7], [8, 1]), Row(0, "rationale", [5], [9, 10, 11, 1])]
 
@@ -33,7 +41,6 @@ def _facts(student: LoadedModel, **changes: Any) -> StudentFacts:
     facts: dict[str, Any] = {
         "vocabulary": student.tokenizer.get_vocab(),
         "is_encoder_decoder": student.is_encoder_decoder,
-        "vocab_size": student.model.config.vocab_size,
         "device": "cpu",
     }
     return StudentFacts(**(facts | changes))
@@ -74,11 +81,46 @@ def test_another_vocabulary_is_refused_with_the_words_that_differ(
     assert "student.tokenizer" in str(caught.value)
 
 
-def test_a_head_of_another_width_is_refused(tiny_t5: Callable[..., LoadedModel], tmp_path: Path) -> None:
-    """One tokenizer, but one head padded to a multiple of 8: the logits would not line up."""
-    spec = _spec(tiny_t5(text="ann bob carl", vocab_size=8), tmp_path)
-    with pytest.raises(ConfigError, match=r"the heads have 8 \(teacher\) and 6 \(student\) entries"):
-        spec.open(_facts(tiny_t5(text="ann bob carl")))
+def _cut(model: LoadedModel) -> LoadedModel:
+    """With a head that ends where its tokenizer does; transformers cuts the embeddings too."""
+    cut = copy.deepcopy(model.model)
+    cut.resize_token_embeddings(len(model.tokenizer))
+    return LoadedModel(cut, model.tokenizer)
+
+
+def _soft_loss(student: LoadedModel, teacher: TensorTeacher, loss: Loss) -> tuple[torch.Tensor, ...]:
+    """The loss of a batch, and its gradients at the student's embeddings and head."""
+    batch = Collator(0, 0 if student.is_encoder_decoder else None)(ROWS)
+    term = Term(name="soft", loss=loss, targets=("label", "rationale"), teacher="big")
+    objective = Objective([term])
+    ((said, taught),) = StepByStep().compare(student.model, {"big": teacher}, batch, objective)
+    total, _ = objective(said, taught, objective.counts(batch))
+    weights = [student.model.get_input_embeddings().weight, student.model.get_output_embeddings().weight]
+    return (total.detach(), *torch.autograd.grad(total, weights))
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(temperature=2.0), JensenShannon(), LogitMSE()], ids=lambda loss: loss.kind)
+@pytest.mark.parametrize("widths", [(64, 80), (80, 64), (None, 64), (64, None)], ids=str)
+def test_what_a_head_has_beyond_the_tokenizer_counts_for_nothing(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, widths: tuple[int | None, int | None], loss: Loss
+) -> None:
+    """One tokenizer, heads padded as each model likes: loss and gradients are those of heads cut to it."""
+    student, big = (
+        tiny_model(seed=seed, **({"vocab_size": width} if width else {}))
+        for seed, width in zip((1, 2), widths, strict=True)
+    )
+    words = len(student.tokenizer)
+    assert words < 64
+    with torch.no_grad():  # loud, so that it would be heard
+        big.model.get_output_embeddings().weight[words:] += 9.0
+    teacher = _spec(big, tmp_path / "big").open(_facts(student))
+    value, *gradients = _soft_loss(student, teacher, loss)
+    expected, *narrow = _soft_loss(_cut(student), FrozenTeacher(_cut(big).model), loss)
+    assert expected > 1e-4
+    torch.testing.assert_close(value, expected)
+    for wide, cut in zip(gradients, narrow, strict=True):
+        torch.testing.assert_close(wide[:words], cut)
+        assert wide[words:].abs().sum() == 0
 
 
 def test_a_missing_teacher_is_a_config_error() -> None:

@@ -13,11 +13,14 @@ import torch
 from transformers import set_seed
 
 from distill_llm.core.errors import ConfigError, Interrupted
+from distill_llm.core.schedule import Schedule
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
+from distill_llm.losses.forward_kl import ForwardKL
 from distill_llm.objective import Objective, Term
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.teachers.frozen import FrozenTeacher
 from distill_llm.training.arguments import make_arguments
 from distill_llm.training.callbacks import StopCleanly
 from distill_llm.training.train import Trained, fit, make_trainer
@@ -71,8 +74,8 @@ def _train(model: LoadedModel, folder: Path, *, max_steps: int = 6, **options: A
         spec=TrainSpec.model_validate(spec),
         max_steps=max_steps,
         scheme=StepByStep(),
-        objective=OBJECTIVE,
-        teachers={},
+        objective=options.pop("objective", OBJECTIVE),
+        teachers=options.pop("teachers", {}),
         validate=options.pop("validate", None),
         folder=folder,
         seed=17,
@@ -242,6 +245,62 @@ def test_the_logged_parts_add_up_to_the_logged_loss(tiny_t5: Callable[..., Loade
     resumed = _logs(tmp_path / "parts")[6]
     assert resumed["loss_label"] == pytest.approx(whole[6]["loss_label"])
     assert resumed["loss_rationale"] == pytest.approx(whole[6]["loss_rationale"])
+
+
+class Noting(Objective):
+    """Changes while it is trained on, and notes the progress at which it is asked for."""
+
+    def __init__(self, until: float = 0.7) -> None:
+        fading = Term(
+            name="soft",
+            loss=ForwardKL(temperature=Schedule(start=4.0, end=1.0)),
+            targets=("label",),
+            teacher="big",
+            weight=Schedule(start=1.0, end=0.25, over=0.5),
+            until=until,
+        )
+        super().__init__([*OBJECTIVE.terms, fading])
+        self.seen: list[float] = []
+
+    def at(self, progress: float) -> Objective:
+        self.seen.append(progress)
+        return super().at(progress)
+
+
+def test_schedules_go_on_where_they_were(
+    with_dropout: Callable[[str], LoadedModel], tmp_path: Path, tiny_t5: Any
+) -> None:
+    """Six steps, stopped after the fourth: the same weights to the bit, and the progress of each step is its own."""
+    objective, big = Noting(), {"big": FrozenTeacher(tiny_t5(seed=8).model)}
+    whole, stopped, resumed = (with_dropout("t5") for _ in range(3))
+    _train(whole, tmp_path / "whole", objective=objective, teachers=big)
+    assert objective.seen == [0.0, *(step / 6 for step in range(6))]  # at first for the trainer that is built
+
+    steps = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        _train(
+            stopped,
+            tmp_path / "parts",
+            objective=Noting(),
+            teachers=big,
+            stop_when=lambda: next(steps) == 4,
+        )
+    rest = Noting()
+    _train(resumed, tmp_path / "parts", objective=rest, teachers=big)
+    assert rest.seen == [0.0, 4 / 6, 5 / 6]
+    assert _same(_weights(resumed.model), _weights(whole.model))
+
+
+@pytest.mark.parametrize(("until", "steps", "logged"), [(0.3, 2, [2]), (0.5, 3, [2, 4]), (0.7, 5, [2, 4, 6])])
+def test_a_teacher_is_run_until_its_terms_end(
+    tiny_t5: Callable[..., LoadedModel], tmp_path: Path, until: float, steps: int, logged: list[int]
+) -> None:
+    """Two rows of labels a step, in the first share of the six steps; what has ended is logged no more."""
+    big, read = tiny_t5(seed=8).model, []
+    big.get_encoder().register_forward_hook(lambda *ran: read.append(len(ran[-1][0])))
+    _train(tiny_t5(seed=5), tmp_path, objective=Noting(until), teachers={"big": FrozenTeacher(big)})
+    assert sum(read) == 2 * steps
+    assert [step for step, entry in _logs(tmp_path).items() if "loss_soft" in entry] == logged
 
 
 def test_a_step_that_the_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
