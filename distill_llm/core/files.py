@@ -84,9 +84,12 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def fingerprint(value: Any) -> str:
     """16 hexadecimal digits that change when ``value`` (anything JSON can hold) does."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = _CANONICAL.encode(value)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

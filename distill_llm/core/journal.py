@@ -34,7 +34,7 @@ class Journal:
         self._synced = time.monotonic()
         with storage(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._writer = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             with storage(path):
                 _lock(self._writer, path)

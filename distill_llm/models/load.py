@@ -181,6 +181,13 @@ def revision_of(source: str, asked: str = "main", *, where: str) -> str:
     return str(getattr(read_config(source, asked, where=where), "_commit_hash", None) or asked)
 
 
+def weights_of(source: str, revision: str = "main", *, where: str) -> str:
+    """The name of weights for keys: ``id@commit``, or a folder's fingerprint alone, for a folder may be moved."""
+    found = revision_of(source, revision, where=where)
+    is_fingerprint = Path(source).expanduser().is_dir() and found != revision
+    return f"folder@{found}" if is_fingerprint else f"{source}@{found}"
+
+
 def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
     """Parameters of a model, from its config alone."""
     import torch

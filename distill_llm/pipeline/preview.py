@@ -51,7 +51,7 @@ def preview_rationales(recipe: Recipe) -> Preview:
     """One rendered prompt, tokens a request (least, mean, most), requests and cost. Writes nothing, asks nothing."""
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
-    spec, splits = recipe.rationales, check(recipe)
+    spec, splits = recipe.rationales, check(recipe, student=False)
     asker, done = make_asker(recipe, spec), keys_of(RunFolder(recipe.folder).journals())
     prompter = make_prompter(spec.prompt)
     everything: list[int] = []

@@ -43,11 +43,12 @@ def load_examples(recipe: Recipe) -> Splits:
     return splits if recipe.rationales is None else without_exemplars(recipe, splits)
 
 
-def check(recipe: Recipe) -> Splits:
+def check(recipe: Recipe, *, student: bool = True) -> Splits:
     """The examples, after everything that the recipe names was found to be there.
 
     Called before anything is written, and before a teacher is asked for money or hours. Loads no weights. A teacher
-    whose answers are all there already is not looked for: its server may be gone.
+    whose answers are all there already is not looked for: its server may be gone. Without ``student``, what only
+    training needs is left out: the machine that asks need not be the one that trains.
     """
     splits = load_examples(recipe)
     votes_validate = recipe.label_from != "gold"
@@ -59,6 +60,8 @@ def check(recipe: Recipe) -> Splits:
         )
     if recipe.rationales is not None and not _is_gathered(recipe, RunFolder(recipe.folder)):
         check_teacher(recipe.rationales, wanted_splits(recipe, splits))
+    if not student:
+        return splits
     for teacher in recipe.teachers.values():
         teacher.check()
     check_student(recipe.student)

@@ -29,7 +29,7 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
     quiet_libraries()
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
-    splits = check(recipe)
+    splits = check(recipe, student=False)
     main_first(lambda: claim(recipe) and None, patience=PATIENCE)
     run = RunFolder(recipe.folder)
     gather(recipe, splits, run, progress)

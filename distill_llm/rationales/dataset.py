@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distill_llm.core.errors import StorageError
@@ -46,6 +46,8 @@ class RationaleRow:
     tokens_out: int
     key: str
 
+
+_FIELDS = tuple(field.name for field in fields(RationaleRow))
 
 COLUMNS: Mapping[str, str] = {
     "example_id": "the example that the completion answers",
@@ -270,7 +272,7 @@ class RowWriter:
         """``scores`` are those of the rows; they are written where the file has a column for them."""
         with_scores = "logprobs" in self._schema.names
         for row, captured in zip(rows, scores, strict=True):
-            plain = asdict(row)
+            plain = {name: getattr(row, name) for name in _FIELDS}
             self._waiting.append(plain | {"logprobs": _nested(captured)} if with_scores else plain)
         if len(self._waiting) >= _ROWS_A_WRITE:
             self.flush()

@@ -33,6 +33,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class Row(dict[str, Any]):
     """One row, which knows where it stands: every complaint about it names file, row and fields."""
 
+    __slots__ = ("number", "where")  # of a million rows each would carry a dictionary more
+
     def __init__(self, fields: Mapping[str, Any], where: str, number: int):
         super().__init__(fields)
         self.where = where

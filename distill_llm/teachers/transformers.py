@@ -205,12 +205,12 @@ class Transformers(TextTeacherSpec):
 
     def _identity(self) -> str:
         """All that decides the text but the prompt and the sampling."""
-        from distill_llm.models.load import revision_of
+        from distill_llm.models.load import weights_of
 
-        revision = revision_of(self.model, self.revision, where=f"{_WHERE}.model")
+        weights = weights_of(self.model, self.revision, where=f"{_WHERE}.model")
         template = self._tokenizer().chat_template
         chat = f" template {fingerprint(template)}" if template else ""
-        return f"{self.model}@{revision} {self.dtype} {self.load_in}{chat}"
+        return f"{weights} {self.dtype} {self.load_in}{chat}"
 
     def _why_not_continuous(self, sampling: Sampling) -> str:
         reasons = {

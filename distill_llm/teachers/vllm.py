@@ -108,7 +108,7 @@ class Vllm(TextTeacherSpec):
         return self.context_tokens or getattr(config, "max_position_embeddings", None) or 0
 
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
-        from distill_llm.models.load import revision_of
+        from distill_llm.models.load import weights_of
 
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != self.data_parallel_size:
@@ -117,7 +117,7 @@ class Vllm(TextTeacherSpec):
                 f"{processes} {'is' if processes == 1 else 'are'} running. Start the command with torchrun "
                 f"--nproc-per-node {self.data_parallel_size}, or set data_parallel_size={processes}."
             )
-        made_of = [f"{self.model}@{revision_of(self.model, self.revision, where=f'{_WHERE}.model')}", self.dtype]
+        made_of = [weights_of(self.model, self.revision, where=f"{_WHERE}.model"), self.dtype]
         identity = " ".join([*made_of, self.quantization] if self.quantization else made_of)
         return VllmTeacher(lambda: self._load(sampling, seed), identity, sampling)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from pyarrow import parquet
 from tests.servers import ModelServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # many starts of the command, each of seconds
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES, SAMPLES = 15, 2  # an odd number, so that the shares differ
 
 
@@ -59,7 +59,7 @@ def _generate(recipe: Path, run: Path, *words: str, processes: int = 1) -> str:
         timeout=240,
         env=environment,
         check=False,
-        cwd=ROOT,
+        cwd=recipe.parent,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -164,11 +164,15 @@ def test_processes_that_sample_write_the_texts_of_one(
     made = request.getfixturevalue(f"tiny_{family}")(text=text)
     made.model.save_pretrained(tmp_path / family)
     made.tokenizer.save_pretrained(tmp_path / family)
-    recipe = _recipe(tmp_path, {"kind": "transformers", "model": str(tmp_path / family), "batch_rows": 4})
+    # a whole path would be another in each test run, and with it every key and every draw
+    recipe = _recipe(tmp_path, {"kind": "transformers", "model": family, "batch_rows": 4})
     one, two = tmp_path / "one", tmp_path / "two"
     _generate(recipe, one)
-    texts = [entry["text"] for entry in _entries(one / "rationales" / "journal.jsonl")]
-    assert len(set(texts)) > len(texts) // 2, "the samples hardly differ: nothing is drawn"
+    texts: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for entry in _entries(one / "rationales" / "journal.jsonl"):
+        texts[entry["split"], entry["example"]].add(entry["text"])
+    differ = sum(len(samples) == SAMPLES for samples in texts.values())
+    assert differ > len(texts) // 2, "the samples of an example hardly differ: nothing is drawn"
     _generate(recipe, two, processes=2)
     _same_journals(one, two, 2)
     _tables_are_equal(one, two)

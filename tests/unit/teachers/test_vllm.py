@@ -266,8 +266,11 @@ def test_the_tokens_of_a_chat_are_those_of_its_template(folder: Path) -> None:
 
 def test_identity_names_weights_and_their_type(folder: Path, tmp_path: Path) -> None:
     plain = _open(folder).identity
-    assert plain.startswith(f"{folder}@")
+    assert plain.startswith("folder@")
     assert plain.endswith(" auto")
+    moved = folder.rename(tmp_path / "moved")
+    assert _open(moved).identity == plain, "a folder may be moved: its weights name it"
+    moved.rename(folder)
     others = [_open(folder, dtype="float16").identity, _open(folder, quantization="fp8").identity]
     assert len({plain, *others}) == 3
     assert _open(folder, gpu_memory_fraction=0.3).identity == plain, "says how it is asked, not what it writes"
