@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-_SHAPE_CHECKED = tuple(f"distill_llm.{name}" for name in ("core.signals", "models.head", "losses", "objective", "data", "schemes"))
+_SHAPE_CHECKED = tuple(
+    f"distill_llm.{name}" for name in ("core.signals", "models.head", "losses", "objective", "data", "schemes")
+)
 # Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
 _IN_ORDER = (
     ("distill_llm.core.signals", ("Signals", "LazySignals")),

@@ -1,0 +1,167 @@
+"""Peak memory and time of cross-entropy plus KL over a large vocabulary: all logits at once, and in chunks.
+
+Each measurement is a process of its own, one after the other, the two ways in turn. Students and teachers have one
+small layer, so that what is measured is the head and the loss: forward, backward, gradients of all weights.
+
+    python benchmarks/memory.py --tokens 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WORDS, HIDDEN, ROW_TOKENS = 151_936, 1024, 256  # vocabulary and width of Qwen3-0.6B
+COPIES = 16  # of all logits in float32, that the loss over all logits at once needs in its worst moment, generously
+
+
+def main() -> None:
+    """Prints a table of both ways."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help=f"supervised tokens; a multiple of {ROW_TOKENS}")
+    parser.add_argument("--words", type=int, default=WORDS, help="entries of the vocabulary")
+    parser.add_argument("--chunk-tokens", default="auto", help="tokens of a chunk, or auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--ways", nargs="+", default=["whole", "chunks"], choices=["whole", "chunks"])
+    parser.add_argument("--one", choices=["whole", "chunks"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(_measure(options)))
+        return
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
+    for _ in range(options.repeats):
+        for way in options.ways:
+            _check_memory(options, way)
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--one", way], check=True, stdout=subprocess.PIPE, text=True
+            )
+            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{way}: {found[way][-1]}", file=sys.stderr)
+    _show(options, found)
+
+
+def _check_memory(options: argparse.Namespace, way: str) -> None:
+    if options.device != "cpu" or way != "whole":
+        return
+    facts = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) for line in facts if line.startswith("MemAvailable")) * 1024
+    needed = COPIES * 4 * options.tokens * options.words
+    if needed > free:
+        sys.exit(
+            f"--tokens {options.tokens}: all logits at once may need {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free. Choose fewer tokens, or `--ways chunks`."
+        )
+
+
+def _show(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
+    print(
+        f"\n{options.tokens} supervised tokens, vocabulary {options.words}, hidden size {HIDDEN}, {options.precision}, "
+        f"{options.device}, medians of {options.repeats}\n\n| way | peak above the models, GiB | seconds | loss |\n"
+        "|---|---|---|---|"
+    )
+    middle = {way: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for way, runs in found.items()}
+    for way, values in middle.items():
+        print(f"| {way} | {values['peak'] / 2**30:.2f} | {values['seconds']:.1f} | {values['loss']:.6f} |")
+    if len(middle) == 2:
+        whole, chunks = middle["whole"], middle["chunks"]
+        print(f"| ratio | {chunks['peak'] / whole['peak']:.3f} | {chunks['seconds'] / whole['seconds']:.2f} | |")
+
+
+def _measure(options: argparse.Namespace) -> dict[str, float]:
+    """One step of one way: peak bytes above what both models take, seconds, and the loss."""
+    import torch
+
+    from distill_llm.data.collate import Collator
+    from distill_llm.data.rows import Row
+    from distill_llm.losses.cross_entropy import CrossEntropy
+    from distill_llm.losses.forward_kl import ForwardKL
+    from distill_llm.models.head import OutputHead
+    from distill_llm.objective import Objective, Term
+    from distill_llm.schemes.step_by_step import StepByStep
+    from distill_llm.teachers.frozen import FrozenTeacher
+
+    student, big = (_model(options, seed) for seed in (1, 2))
+    teacher = FrozenTeacher(big)
+    objective = Objective(
+        [
+            Term(name="hard", loss=CrossEntropy(), targets=("rationale",)),
+            Term(name="soft", loss=ForwardKL(temperature=2.0), targets=("rationale",), teacher="big"),
+        ]
+    )
+    chunk_tokens = "auto" if options.chunk_tokens == "auto" else int(options.chunk_tokens)
+    head = OutputHead(student, chunk_tokens=chunk_tokens) if options.one == "chunks" else None
+
+    def step(rows: int, length: int) -> float:
+        words = torch.randint(2, options.words, (rows, length), generator=torch.Generator().manual_seed(3)).tolist()
+        batch = Collator(0, None)([Row(index, "rationale", [5], ids) for index, ids in enumerate(words)])
+        batch = {name: column.to(options.device) for name, column in batch.items()}
+        ((said, taught),) = StepByStep().compare(student, {"big": teacher}, batch, objective, head)
+        loss, _ = objective(said, taught, objective.counts(batch))
+        loss.backward()
+        value = loss.item()
+        student.zero_grad(set_to_none=True)
+        return value
+
+    step(1, 2)
+    before = _peak_bytes(options.device, reset=True)
+    started = time.perf_counter()
+    loss = step(options.tokens // ROW_TOKENS, ROW_TOKENS)
+    seconds = time.perf_counter() - started
+    return {"peak": _peak_bytes(options.device) - before, "seconds": seconds, "loss": loss}
+
+
+def _peak_bytes(device: str, *, reset: bool = False) -> int:
+    """Most memory so far; with ``reset``: what is taken now, from where a new peak is sought."""
+    if device == "cpu":
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux's way to forget the old peak
+        facts = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        wanted = "VmRSS" if reset else "VmHWM"
+        return next(int(line.split()[1]) for line in facts if line.startswith(wanted)) * 1024
+    import torch
+
+    torch.cuda.synchronize()
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def _model(options: argparse.Namespace, seed: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=options.words,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).float().to(options.device)
+    if options.precision == "bfloat16":
+        forward = model.forward
+
+        def in_bfloat16(*arguments: Any, **inputs: Any) -> Any:
+            with torch.autocast(options.device, dtype=torch.bfloat16):
+                return forward(*arguments, **inputs)
+
+        model.forward = in_bfloat16
+    return model
+
+
+if __name__ == "__main__":
+    main()
