@@ -20,10 +20,15 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -300,3 +305,42 @@ class FaultyProxy(_Server):
         found = answer.status, answer.read()
         connection.close()
         return found
+
+
+@contextlib.contextmanager
+def program_server(
+    command: Sequence[str | Path], *, health: str, log: Path, environment: Mapping[str, str], seconds: float = 120
+) -> Iterator[str]:
+    """Starts another program's server on a free port, waits until it is ready, and ends it with the block.
+
+    ``{port}`` in the words of ``command`` is the port; ``health`` is a path that answers when it is ready. Gives the
+    address without a path.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    words = [str(word).replace("{port}", str(port)) for word in command]
+    with log.open("w") as output:
+        server = subprocess.Popen(words, env=dict(environment), stdout=output, stderr=output)
+        try:
+            _wait_until_ready(address + health, server, log, seconds)
+            yield address
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            break
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(address, timeout=5):
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"the server ended by itself or was not ready in time:\n{log.read_text()[-2000:]}")

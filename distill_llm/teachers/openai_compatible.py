@@ -50,8 +50,8 @@ class OpenAICompatible(TextTeacherSpec):
     """Any server with /v1/chat/completions or /v1/completions. The key stays in the environment.
 
     A reasoning model's chain of thought (`reasoning_content` or `reasoning`) stands before its answer in the text. A
-    server may take what a request does not say, such as top_k, from the model's own generation config: name such
-    settings under `extra`.
+    server may take what a request does not say, such as top_k, from the model's own generation config, or from its
+    own defaults (llama.cpp's Python server has repeat_penalty: 1.1): name such settings under `extra`.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)  # somebody may have written a key where its name belongs
@@ -339,7 +339,7 @@ class _Connection:
 
     def _scores(self, choice: Mapping[str, Any]) -> TokenScores:
         try:
-            return _token_scores(choice["logprobs"])
+            return _token_scores(choice["logprobs"], self._sampling.top_logprobs)
         except (LookupError, TypeError, AttributeError):
             raise TeacherError(
                 f"{_WHERE}: {self._spec.base_url} gives no log-probabilities (or in a form that is not OpenAI's), but "
@@ -362,8 +362,11 @@ def _text_of(message: Mapping[str, Any], stops: Sequence[str]) -> str | None:
     return "\n".join(part for part in parts if part) if parts else None
 
 
-def _token_scores(found: Mapping[str, Any]) -> TokenScores:
-    """The scores of a chat completion (one entry a token), or of a plain one (parallel lists)."""
+def _token_scores(found: Mapping[str, Any], count: int) -> TokenScores:
+    """The scores of a chat completion (one entry a token), or of a plain one (parallel lists).
+
+    Beside the ``count`` likeliest tokens, some servers give the one that was written.
+    """
     places = found.get("content")
     if places is None:
         tops = [dict(place or {}) for place in found["top_logprobs"]]
@@ -371,11 +374,12 @@ def _token_scores(found: Mapping[str, Any]) -> TokenScores:
     else:
         tops = [{top["token"]: top["logprob"] for top in place["top_logprobs"]} for place in places]
         tokens, logprobs = [place["token"] for place in places], [place["logprob"] for place in places]
+    best = [sorted(place.items(), key=lambda top: -top[1])[:count] for place in tops]
     return TokenScores(
         tuple(str(token) for token in tokens),
         tuple(float(logprob) for logprob in logprobs),
-        tuple(tuple(place) for place in tops),
-        tuple(tuple(float(logprob) for logprob in place.values()) for place in tops),
+        tuple(tuple(token for token, _ in place) for place in best),
+        tuple(tuple(float(logprob) for _, logprob in place) for place in best),
     )
 
 

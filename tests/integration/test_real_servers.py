@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +17,7 @@ from distill_llm.tasks.jsonl import Jsonl
 from distill_llm.teachers.base import Completion, Message, Prompt, Request, Sampling
 from distill_llm.teachers.openai_compatible import OpenAICompatible
 from tests.conftest import LLAMA_SIZES, build_tiny
-from tests.servers import FaultyProxy, body, cut_off, reset, status, truncated
+from tests.servers import FaultyProxy, body, cut_off, program_server, reset, status, truncated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +41,6 @@ CHATS: list[Prompt] = [
     "a b c d",
     "bob costs 5 and ann 6",
 ]
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -64,44 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
     """The address of a server that runs for the tests of this file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder.parent / "log.txt"
-    command = [
-        Path(sys.executable).with_name("transformers"),
-        "serve",
-        folder,
-        "--host",
-        "127.0.0.1",
-        "--device",
-        "cpu",
-    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "cache")}
-    with log.open("w") as output:
-        server = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=output, stderr=output)
-        try:
-            _wait_until_ready(f"http://127.0.0.1:{port}/health", server, log)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        assert server.poll() is None, f"the server ended by itself:\n{log.read_text()[-2000:]}"
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    pytest.fail(f"the server was not ready after {START_SECONDS} seconds:\n{log.read_text()[-2000:]}")
+    program = Path(sys.executable).with_name("transformers")
+    command = [program, "serve", folder, "--host", "127.0.0.1", "--device", "cpu", "--port", "{port}"]
+    log = folder.parent / "log.txt"
+    with program_server(command, health="/health", log=log, environment=environment) as address:
+        yield f"{address}/v1"
 
 
 def _ask(address: str, model: Path, prompts: list[Prompt], *, sampling: Sampling, **fields: Any) -> list[Any]:

@@ -170,6 +170,16 @@ def test_scores_are_those_that_the_server_gave(server: ModelServer, api: str) ->
     assert (sent["logprobs"], sent.get("top_logprobs")) == ((True, 3) if api == "chat" else (3, None))
 
 
+def test_the_token_that_was_drawn_is_not_one_of_the_likeliest_because_a_server_adds_it(server: ModelServer) -> None:
+    """llama.cpp's does: the drawn token first, then the k that were asked for."""
+    drawn = {"tokens": ["c"], "token_logprobs": [-4.0], "top_logprobs": [{"c": -4.0, "b": -1.0, "a": -0.5}]}
+    server.logprobs = False
+    server.answer = lambda _: {"text": "c", "logprobs": drawn}
+    scores = _one(_spec(server, api="completions"), top_logprobs=2).scores
+    assert (scores.tokens, scores.logprobs) == (("c",), (-4.0,))
+    assert (scores.top_tokens, scores.top_logprobs) == ((("a", "b"),), ((-0.5, -1.0),))
+
+
 def test_plain_completion_may_have_scores_in_the_form_of_a_chat(server: ModelServer) -> None:
     server.logprobs = False
     server.answer = lambda _: {"text": "a b", "logprobs": chat_logprobs(["a", "b"], 1)}
