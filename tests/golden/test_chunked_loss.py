@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from distill_llm.core.signals import LazySignals
+from distill_llm.core.signals import LazySignals, model_inputs
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
@@ -255,6 +255,12 @@ def test_in_bfloat16_the_head_computes_as_the_rest_does() -> None:
     def distance(outcome: Outcome) -> float:
         return sum((outcome[2][name] - exact[2][name]).square().sum().item() for name in exact[2]) ** 0.5
 
+    batch = _batch(model)
+    lazy = OutputHead(model).read(model, batch)
+    logits = lazy.said(0, len(lazy.hidden), lazy.hidden).logits
+    assert logits.dtype == torch.bfloat16
+    everything = model(**model_inputs(batch)).logits[lazy.tokens.rows, lazy.tokens.columns]
+    torch.testing.assert_close(logits, everything, rtol=0, atol=0)
     assert distance(whole) > 1e-4, "it was not in bfloat16"
     assert 1e-4 < distance(chunked) < 1.2 * distance(whole)
     torch.testing.assert_close(chunked[0], whole[0], rtol=2e-3, atol=0)
