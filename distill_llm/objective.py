@@ -5,7 +5,7 @@ B rows, N supervised tokens, K terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -93,6 +93,11 @@ class Term(Component):
         return owned
 
 
+Watch = Callable[[Term, Signals, "Signals | None", "Tensor"], None]
+"""Looks on while a loss is made: a term, what student and teacher say of some of its tokens, and what these add to the
+loss, with its graph."""
+
+
 def targets_of(terms: Iterable[Term]) -> tuple[Target, ...]:
     """The targets that some term looks at, in their fixed order."""
     wanted = {target for term in terms for target in term.targets}
@@ -153,14 +158,18 @@ class Objective:
         )
 
     def __call__(
-        self, student: Signals | LazySignals, teachers: Mapping[str, Signals | LazySignals], counts: Int[Tensor, " K"]
+        self,
+        student: Signals | LazySignals,
+        teachers: Mapping[str, Signals | LazySignals],
+        counts: Int[Tensor, " K"],
+        watch: Watch | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss, and each term's share of its mean. A teacher's signals may cover only the targets it teaches.
 
         A student's lazy signals are gone through in chunks: the same loss and gradients, but for rounding.
         """
         if isinstance(student, LazySignals):
-            return self._in_chunks(student, teachers, counts)
+            return self._in_chunks(student, teachers, counts, watch)
         total = student.logits[:0].float().sum()  # zero: keeps the graph alive when no term has a token here
         means: dict[str, Tensor] = {}
         for term, count in zip(self.terms, counts, strict=True):
@@ -171,11 +180,17 @@ class Objective:
                 assert isinstance(everything, Signals), "lazy signals belong beside lazy ones"
                 taught = everything.where(term.owns(everything.targets))
             part, means[term.name] = term.mean_of(said, taught, count)
+            if watch is not None:
+                watch(term, said, taught, part)
             total = total + part
         return total, means
 
     def _in_chunks(
-        self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals], counts: Int[Tensor, " K"]
+        self,
+        student: LazySignals,
+        teachers: Mapping[str, Signals | LazySignals],
+        counts: Int[Tensor, " K"],
+        watch: Watch | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         import torch
 
@@ -191,7 +206,10 @@ class Objective:
             total = means.sum()
             for index in chunk.terms:
                 term = self.terms[index]
-                part, means[index] = term.mean_of(said, taught.get(term.teacher or ""), counts[index])
+                answer = taught.get(term.teacher or "")
+                part, means[index] = term.mean_of(said, answer, counts[index])
+                if watch is not None:
+                    watch(term, said, answer, part)
                 total = total + part
             return total, means
 

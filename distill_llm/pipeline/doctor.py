@@ -164,10 +164,21 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     for facts in diagnosis.terms:
         if not facts.loss < float("inf"):
             diagnosis.note("error", f"term {facts.name}", f"its loss at step 0 is {facts.loss}")
-        elif facts.tokens and facts.gradient_norm == 0:
+        elif facts.tokens and facts.gradient_norm == 0 and facts.name not in _taught_by_moving(recipe, teachers):
             diagnosis.note("error", f"term {facts.name}", "it has no gradient: nothing would be learned from it")
     said = _memory(recipe, student, teachers, batch)
     diagnosis.note("ok", "memory", f"one micro-batch of {len(chosen)} rows, forward and backward: {said}")
+
+
+def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:
+    """Terms whose teacher moves with the student: at step 0 the two may be one, and have nothing to say."""
+    from distill_llm.teachers.base import MovingTeacher
+
+    def moves(name: str) -> bool:
+        members = recipe.teachers[name].members()
+        return isinstance(teachers[name], MovingTeacher) or (bool(members) and all(map(moves, members)))
+
+    return {term.name for term in recipe.objective if term.teacher is not None and moves(term.teacher)}
 
 
 def _mixed(rows: RowSet, number: int) -> list[Any]:
@@ -209,7 +220,11 @@ def _loss(
     batch: Batch,
     counts: Tensor,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    pairs = recipe.scheme.compare(student.model, teachers, batch, objective)
+    from distill_llm.models.head import OutputHead
+
+    chunk_tokens = recipe.train.chunk_tokens
+    head = OutputHead(student.model, chunk_tokens=chunk_tokens) if chunk_tokens else None  # as the trainer does it
+    pairs = recipe.scheme.compare(student.model, teachers, batch, objective, head=head)
     results = [objective(said, taught, counts) for said, taught in pairs]
     return sum((loss for loss, _ in results[1:]), results[0][0]), results[0][1]
 
@@ -225,7 +240,9 @@ def _teachers_are_still(teachers: Mapping[str, Any], batch: Batch, diagnosis: Di
         elif not torch.equal(first, second):
             diagnosis.note("error", f"teacher {name}", "it says something else when asked twice: is dropout on?")
         else:
-            diagnosis.note("ok", f"teacher {name}", "frozen, says the same twice, and has the student's words")
+            diagnosis.note(
+                "ok", f"teacher {name}", "passes no gradient on, says the same twice, and has the student's words"
+            )
 
 
 def _memory(recipe: Recipe, student: LoadedModel, teachers: Mapping[str, Any], batch: Batch) -> str:

@@ -19,6 +19,7 @@ from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.base import parameters_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         label_from=recipe.label_from,
     )
     wanted = {term.teacher for term in recipe.objective if term.teacher is not None}
-    sizes = {name: recipe.teachers[name].num_parameters() for name in sorted(wanted)}
+    sizes = {name: parameters_run(recipe.teachers, name, student.num_parameters) for name in sorted(wanted)}
     return Plan(plan_arms(recipe, rows.rows, student_parameters=student.num_parameters, teacher_parameters=sizes), rows)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distill_llm.core.example import Example
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
 
@@ -95,15 +96,26 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     return result
 
 
-def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, Any]:
-    """The live teachers that some term names."""
-    wanted = {term.teacher for term in terms if term.teacher is not None}
+def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
+    """The live teachers that some term names, and those that they are made of; each is opened once."""
     facts = StudentFacts(
         vocabulary=student.tokenizer.get_vocab(),
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
+        model=student.model,
     )
-    return {name: recipe.teachers[name].open(facts) for name in sorted(wanted)}
+    opened: dict[str, TensorTeacher] = {}
+
+    def open_one(name: str) -> TensorTeacher:
+        if name not in opened:
+            spec = recipe.teachers[name]
+            members = [open_one(member) for member in spec.members()]
+            opened[name] = spec.open(facts, members)
+        return opened[name]
+
+    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+        open_one(name)
+    return opened
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:

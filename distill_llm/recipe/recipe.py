@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -56,6 +57,18 @@ class Recipe(Component):
             raise ValueError(f"two terms have the same name: {names}")
         return objective
 
+    @field_validator("teachers")
+    @classmethod
+    def _members_exist(cls, teachers: dict[str, TensorTeacherSpec]) -> dict[str, TensorTeacherSpec]:
+        for name, teacher in teachers.items():
+            unknown = [member for member in teacher.members() if member not in teachers]
+            if unknown:
+                others = sorted(set(teachers) - {name})
+                raise ValueError(f"{name}: it is made of {unknown}, but the recipe's other teachers are {others}")
+        for name in teachers:
+            _refuse_circles(teachers, (name,))
+        return teachers
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         for term in self.objective:
@@ -98,3 +111,12 @@ class Recipe(Component):
                 )
             if ablation in ("student", "labels_same_steps", "labels_same_compute", "teacher"):
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")
+
+
+def _refuse_circles(teachers: Mapping[str, TensorTeacherSpec], way: tuple[str, ...]) -> None:
+    """Follows what the last teacher of ``way`` is made of, and so on down."""
+    for member in teachers[way[-1]].members():
+        if member in way:
+            circle = " > ".join([*way[way.index(member) :], member])
+            raise ValueError(f"{member}: it is made of itself ({circle}). Take it out of one of them")
+        _refuse_circles(teachers, (*way, member))

@@ -25,6 +25,12 @@ class TrainSpec(Component):
     epochs: float = Field(default=0.0, ge=0, description="passes over the rows; 0: given by `max_steps`")
     rows_per_step: int = Field(default=64, gt=0, description="rows (example and target) of one optimiser step")
     rows_per_batch: int = Field(default=64, gt=0, description="rows that fit one device at once")
+    tokens_per_batch: int = Field(
+        default=0,
+        ge=0,
+        description="tokens, inputs and targets with their padding, that fit one device at once, instead of "
+        "`rows_per_batch`; 0: by rows",
+    )
     chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default="auto",
         description="supervised tokens whose logits exist at once; auto: 128 MiB of them; 0: all, and those of the "
@@ -46,12 +52,16 @@ class TrainSpec(Component):
     keep_checkpoints: int = Field(default=1, ge=1, description="checkpoints kept for resuming, the best one besides")
     workers: int = Field(default=1, ge=1, description="trainings side by side, each in a process of one thread")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    diagnostics: bool = Field(
+        default=True,
+        description="log tokens, agreement with the teacher, its entropy and the share of the gradient, by term",
+    )
 
     @model_validator(mode="after")
     def _steps_add_up(self) -> TrainSpec:
         if bool(self.max_steps) == bool(self.epochs):
             raise ValueError("give either `max_steps` or `epochs`, not both or neither (0 is 'not given')")
-        if self.rows_per_step % self.rows_per_batch:
+        if not self.tokens_per_batch and self.rows_per_step % self.rows_per_batch:
             raise ValueError(
                 f"rows_per_step ({self.rows_per_step}) must be a multiple of rows_per_batch ({self.rows_per_batch})"
             )

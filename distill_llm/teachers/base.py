@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -13,6 +13,8 @@ from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from distill_llm.core.example import Example
     from distill_llm.core.signals import Batch, LazySignals, Signals
     from distill_llm.tasks.base import Task
@@ -167,28 +169,57 @@ class LazyTeacher(TensorTeacher, Protocol):
         ...
 
 
+@runtime_checkable
+class MovingTeacher(TensorTeacher, Protocol):
+    """One that changes while the student learns; every checkpoint has its state."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called in every process after each optimiser step, of which there were ``step`` so far."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that has changed since it was opened."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to what ``state`` gave; raises KeyError where it is that of another model."""
+        ...
+
+
 class TensorTeacherSpec(Component):
     """The recipe's side of a tensor teacher."""
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
 
-    @abstractmethod
-    def open(self, student: StudentFacts) -> TensorTeacher:
-        """Loads the teacher, and checks that its words are the student's."""
+    def members(self) -> tuple[str, ...]:
+        """Names of the recipe's other teachers that it is made of."""
+        return ()
 
     @abstractmethod
-    def num_parameters(self) -> int:
-        """The teacher's size, for the compute of a step; read from its config, without its weights."""
+    def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
+        """Loads the teacher, and checks that its words are the student's. ``members`` are open, in their order."""
+
+    @abstractmethod
+    def num_parameters(self, student_parameters: int) -> int:
+        """Its own size, that of its members aside, for the compute of a step; no weights are read for it."""
+
+
+def parameters_run(teachers: Mapping[str, TensorTeacherSpec], name: str, student_parameters: int) -> int:
+    """Parameters that work where teacher ``name`` is asked, those of its members included."""
+    spec = teachers[name]
+    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.members())
+    return spec.num_parameters(student_parameters) + members
 
 
 @dataclass(frozen=True, slots=True)
 class StudentFacts:
-    """What a tensor teacher must agree with."""
+    """What a tensor teacher must agree with. ``model`` is the student itself, for a teacher that is made of it."""
 
     vocabulary: dict[str, int]
     is_encoder_decoder: bool
     device: str
+    model: Any = None
 
     @property
     def width(self) -> int:

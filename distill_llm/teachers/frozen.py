@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 
-from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, signals_of
 from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from distill_llm.models.head import OutputHead
+from distill_llm.teachers.beside import ModelBeside
 
 
-class FrozenTeacher:
-    """``width``: words that it speaks of; None where its head has no more than its tokenizer."""
+class FrozenTeacher(ModelBeside):
+    """A model whose weights stay as they are."""
 
-    def __init__(self, model: nn.Module, width: int | None = None):
-        self._model: Any = model.eval().requires_grad_(False)
-        self._width = width
-        self._head: OutputHead | None = None
-
-    def signals(self, batch: Batch) -> Signals:
-        import torch
-
-        with torch.no_grad():
-            return signals_of(self._model(**model_inputs(batch)).logits[..., : self._width], batch)
-
-    def lazy_signals(self, batch: Batch) -> LazySignals:
-        import torch
-
-        from distill_llm.models.head import OutputHead
-
-        if self._head is None:
-            self._head = OutputHead(self._model, width=self._width, whose="teachers: frozen")
-        with torch.no_grad():
-            return self._head.read(self._model, batch)
+    whose = "teachers: frozen"
 
 
 class Frozen(TensorTeacherSpec):
@@ -47,22 +24,33 @@ class Frozen(TensorTeacherSpec):
     model: str = Field(min_length=1, description="Hub id or folder")
     revision: str = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_in: Literal["full", "8bit", "4bit"] = Field(
+        default="full", description="8bit and 4bit quantize the weights through bitsandbytes"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:NUMBER or mps; auto: the student's")
 
     def check(self) -> None:
-        from distill_llm.models.load import read_config
+        from distill_llm.models.load import check_bits, choose_device, read_config
 
-        read_config(self.model, self.revision, where=f"teachers: frozen '{self.model}'")
+        choose_device(self.device, where=f"{self._where}.device")
+        read_config(self.model, self.revision, where=self._where)
+        check_bits(self.model, self.load_in, where=self._where)
 
-    def open(self, student: StudentFacts) -> TensorTeacher:
-        from distill_llm.models.load import load_model, read_config, read_tokenizer
+    def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
+        from distill_llm.models.load import choose_device, load_on, read_config, read_tokenizer
 
-        where = f"teachers: frozen '{self.model}'"
+        where = self._where
         vocabulary = read_tokenizer(self.model, self.revision, where=where).get_vocab()
         student.must_share(vocabulary, read_config(self.model, self.revision, where=where), where=where)
-        model = load_model(self.model, self.revision, where=where, dtype=self.dtype)
-        return FrozenTeacher(model.to(student.device), student.width)
+        device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
+        model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
+        return FrozenTeacher(model, student.width)
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, student_parameters: int) -> int:
         from distill_llm.models.load import count_parameters
 
-        return count_parameters(self.model, self.revision, where=f"teachers: frozen '{self.model}'")
+        return count_parameters(self.model, self.revision, where=self._where)
+
+    @property
+    def _where(self) -> str:
+        return f"teachers: frozen '{self.model}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from transformers.optimization import Adafactor
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.processes import world_size
+from distill_llm.data.rows import Row
+from distill_llm.data.sampler import StepSampler
 from distill_llm.recipe.train import TrainSpec
 
 _INSTALL = {"tensorboard": "'distill-llm[tensorboard]'", "wandb": "wandb", "trackio": "trackio"}
@@ -26,6 +29,7 @@ class DistillArguments(TrainingArguments):
     chunk_tokens: int | Literal["auto"] = field(
         default="auto", metadata={"help": "supervised tokens whose logits exist at once; 0: all logits at once"}
     )
+    diagnostics: bool = field(default=True, metadata={"help": "log more of each term than its loss"})
 
 
 def check_reporters(spec: TrainSpec) -> None:
@@ -52,21 +56,42 @@ def rows_per_batch(spec: TrainSpec) -> int:
     return next(rows for rows in range(min(spec.rows_per_batch, part), 0, -1) if part % rows == 0)
 
 
-def make_arguments(spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool) -> DistillArguments:
-    """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks."""
-    rows = rows_per_batch(spec)
+def make_sampler(rows: Sequence[Row], spec: TrainSpec, *, max_steps: int, seed: int) -> StepSampler:
+    """The micro-batches of one training. Raises ConfigError where a step cannot be shared among the ranks, or a row is
+    larger than a micro-batch."""
+    return StepSampler(
+        rows,
+        rows_per_step=spec.rows_per_step,
+        rows_per_batch=rows_per_batch(spec),
+        max_steps=max_steps,
+        seed=seed,
+        ranks=world_size(),
+        tokens_per_batch=spec.tokens_per_batch,
+    )
+
+
+def make_arguments(
+    spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool, micro_batches: int = 0
+) -> DistillArguments:
+    """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks.
+
+    ``micro_batches``: those of one rank in a step, where they are not cut by rows.
+    """
+    part = spec.rows_per_step // world_size()
+    micro_batches = micro_batches or part // rows_per_batch(spec)
     every = spec.validate_every or max(1, max_steps // 10)
     return DistillArguments(
         output_dir=str(folder),
         max_steps=max_steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=spec.rows_per_step // (rows * world_size()),
+        per_device_train_batch_size=part // micro_batches,  # for the record: the sampler knows the rows of each
+        gradient_accumulation_steps=micro_batches,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.schedule,
         warmup_steps=spec.warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         chunk_tokens=spec.chunk_tokens,
+        diagnostics=spec.diagnostics,
         gradient_checkpointing=spec.gradient_checkpointing,
         bf16=_wants_bfloat16(spec),
         use_cpu=not torch.cuda.is_available(),

@@ -12,17 +12,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
 from distill_llm.core.files import storage
-from distill_llm.core.processes import is_main_process, world_size
+from distill_llm.core.processes import is_main_process
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
-from distill_llm.data.sampler import StepSampler
 from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
-from distill_llm.training.arguments import make_arguments, make_optimizer
+from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.trainer import DistillTrainer, Validate
 
@@ -54,14 +53,14 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    arguments = make_arguments(spec, checkpoints, max_steps=max_steps, seed=seed, validates=validate is not None)
-    sampler = StepSampler(
-        rows,
-        rows_per_step=spec.rows_per_step,
-        rows_per_batch=arguments.per_device_train_batch_size,
+    sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed)
+    arguments = make_arguments(
+        spec,
+        checkpoints,
         max_steps=max_steps,
         seed=seed,
-        ranks=world_size(),
+        validates=validate is not None,
+        micro_batches=sampler.micro_batches,
     )
     with storage(checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)

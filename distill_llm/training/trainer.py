@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,12 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 from distill_llm.models.head import OutputHead
-from distill_llm.objective import Objective
+from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
 from distill_llm.training.arguments import DistillArguments
+from distill_llm.training.diagnostics import Diagnostics
+from distill_llm.training.moving import MoveTeachers
 
 Validate = Callable[[nn.Module], dict[str, float]]
 """Scores the model as it stands; the key ``accuracy`` decides which checkpoint is best."""
@@ -56,12 +59,14 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.rows, self.step_sampler, self.collator = rows, step_sampler, collator
         self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
-        self._now = objective.at(0.0)
-        self.validate = validate
+        self._moving = MoveTeachers(self.teachers)
+        self.add_callback(self._moving)
+        self._now, self.validate = objective.at(0.0), validate
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._means: dict[str, Tensor] = {}
-        self._means_steps = 0
+        self._means, self._means_steps = dict[str, Tensor](), 0
+        self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
+        self._watch: Watch | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -80,11 +85,21 @@ class DistillTrainer(Trainer):
         batches = self.scheme.prepare(batches, self.model)
         self._now = self.objective.at(self.state.global_step / max(1, self.args.max_steps))
         self._means_steps += 1
-        return batches, self._counts(batches)
+        counts = self._counts(batches)
+        if self._diagnostics is not None:
+            self._watch = self._diagnostics.begin(self._now.terms, counts, closely=self._logs_this_step())
+        return batches, counts
+
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
 
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
         counts = torch.stack([self._now.counts(batch) for batch in batches]).sum(0)
-        return cast(Tensor, self.accelerator.reduce(counts.to(self.args.device), reduction="sum"))
+        return self._over_ranks(counts.to(self.args.device))
+
+    def _over_ranks(self, numbers: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(numbers, reduction="sum"))
 
     def compute_loss(
         self,
@@ -96,7 +111,7 @@ class DistillTrainer(Trainer):
         counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else self._counts([inputs])
         losses = []
         for student, teachers in self.scheme.compare(model, self.teachers, inputs, self._now, self._head):
-            loss, means = self._now(student, teachers, counts)
+            loss, means = self._now(student, teachers, counts, self._watch)
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
@@ -104,13 +119,26 @@ class DistillTrainer(Trainer):
         return (total, {"loss": total}) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each term's mean since the last training log."""
+        """Adds each term's mean since the last training log, and the diagnostics."""
         if "loss" in logs and self._means:
-            summed = cast(Tensor, self.accelerator.reduce(torch.stack(list(self._means.values())), reduction="sum"))
+            summed = self._over_ranks(torch.stack(list(self._means.values())))
             for name, value in zip(self._means, (summed / max(self._means_steps, 1)).tolist(), strict=True):
                 logs[f"loss_{name}"] = value
             self._means, self._means_steps = {}, 0
+            if self._diagnostics is not None:
+                logs |= self._diagnostics.values(self._over_ranks)
+                self._watch = None
         super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._moving.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._moving.load(Path(checkpoint))
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The task's score on the validation examples."""

@@ -47,6 +47,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "transformers": {"model": "a/b"},
     "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
+    "ensemble": {"of": ["a", "b"]},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
 every_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())

@@ -11,7 +11,6 @@ import torch
 from distill_llm.core.example import TARGETS
 from distill_llm.core.schedule import Schedule
 from distill_llm.data.rows import Row
-from distill_llm.data.sampler import StepSampler
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
 from distill_llm.losses.jensen_shannon import JensenShannon
@@ -20,7 +19,7 @@ from distill_llm.objective import Objective, Term
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.frozen import FrozenTeacher
-from distill_llm.training.arguments import make_arguments
+from distill_llm.training.arguments import make_arguments, make_sampler
 from distill_llm.training.train import collator_for
 from distill_llm.training.trainer import DistillTrainer
 
@@ -55,17 +54,25 @@ def _trainer(
     folder: Path,
     *,
     rows_per_batch: int,
+    tokens_per_batch: int = 0,
     steps: int = 1,
     **options: Any,
 ) -> DistillTrainer:
     spec = TrainSpec(
-        max_steps=steps, rows_per_step=8, rows_per_batch=rows_per_batch, schedule="constant", max_grad_norm=1e9
+        max_steps=steps,
+        rows_per_step=8,
+        rows_per_batch=rows_per_batch,
+        tokens_per_batch=tokens_per_batch,
+        schedule="constant",
+        max_grad_norm=1e9,
     )
+    sampler = make_sampler(rows, spec, max_steps=steps, seed=3)
+    micro_batches = sampler.micro_batches
     return DistillTrainer(
         model=student.model,
-        args=make_arguments(spec, folder, max_steps=steps, seed=3, validates=False),
+        args=make_arguments(spec, folder, max_steps=steps, seed=3, validates=False, micro_batches=micro_batches),
         rows=rows,
-        step_sampler=StepSampler(rows, rows_per_step=8, rows_per_batch=rows_per_batch, max_steps=steps, seed=3),
+        step_sampler=sampler,
         collator=collator_for(student),
         scheme=StepByStep(),
         objective=objective,
@@ -136,37 +143,40 @@ def test_one_term_on_llama_is_its_own_loss(tiny_llama: Callable[..., LoadedModel
 def test_the_update_does_not_depend_on_the_micro_batches(
     tiny_model: Callable[..., LoadedModel], tmp_path: Path, optimizer: str
 ) -> None:
-    """8 rows at once, 2 x 4, 4 x 2 and 8 x 1 give the same parameters, to float64's precision; and so does autograd on
-    the formula written out."""
+    """8 rows at once, 2 x 4, 4 x 2 and 8 x 1, and cuts by padded tokens, give the same parameters, to float64's
+    precision; and so does autograd on the formula written out."""
     rows = _rows()
     start, teacher = tiny_model(seed=6), tiny_model(seed=7)
     start.model.double()
     teacher.model.double()
     soft = Term(name="soft", loss=ForwardKL(temperature=2.0), targets=("label",), weight=0.3, teacher="big")
     objective = Objective([_hard("label", "label", 1.0), _hard("rationale", "rationale", 0.5), soft])
-    after = {}
-    for rows_per_batch in (8, 4, 2, 1):
+    after, micro_batches = {}, []
+    for cut in ((8, 0), (4, 0), (2, 0), (1, 0), (8, 36), (8, 60), (8, 1000)):
         student = LoadedModel(copy.deepcopy(start.model), start.tokenizer)
         trainer = _trainer(
             student,
             rows,
             objective,
-            tmp_path / str(rows_per_batch),
-            rows_per_batch=rows_per_batch,
+            tmp_path / str(cut),
+            rows_per_batch=cut[0],
+            tokens_per_batch=cut[1],
             teachers={"big": FrozenTeacher(teacher.model)},
             optimizers=(_optimizer(optimizer, student.model), None),
         )
         trainer.train()
-        after[rows_per_batch] = dict(student.model.named_parameters())
+        after[cut] = dict(student.model.named_parameters())
+        micro_batches.append(trainer.args.gradient_accumulation_steps)
+    assert micro_batches == [1, 2, 4, 8, 5, 4, 1]
     expected = LoadedModel(copy.deepcopy(start.model), start.tokenizer)
     reference = _optimizer(optimizer, expected.model)
     _formula(expected, teacher, rows).backward()
     reference.step()
     for name, weight in expected.model.named_parameters():
-        for rows_per_batch, weights in after.items():
+        for cut, weights in after.items():
             moved = (weights[name] - weight).abs().max().item()
-            assert moved < 1e-6, f"{name} is {moved} off with {rows_per_batch} rows a micro-batch"
-    moved = max((weight - start.model.get_parameter(name)).abs().max() for name, weight in after[1].items())
+            assert moved < 1e-6, f"{name} is {moved} off with (rows, tokens) {cut} a micro-batch"
+    moved = max((weight - start.model.get_parameter(name)).abs().max() for name, weight in after[1, 0].items())
     assert moved > 1e-3, "the step must be large beside the tolerance"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -143,3 +144,89 @@ def test_the_others_wait_for_the_main_process(tmp_path: Path) -> None:
         launch, capture_output=True, text=True, timeout=120, env=environment, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+TRAINING = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
+from distill_llm.core.processes import is_main_process
+from distill_llm.data.rows import Row
+from distill_llm.losses.cross_entropy import CrossEntropy
+from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.models.load import LoadedModel
+from distill_llm.objective import Objective, Term
+from distill_llm.recipe.train import TrainSpec
+from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.teachers.frozen import FrozenTeacher
+from distill_llm.training.train import make_trainer
+
+rows = []
+for example in range(8):
+    asked = [*range(5 + example, 8 + example + example % 4)]  # of words of one kind attention would learn nothing
+    rows.append(Row(example, "label", asked, [6 + example, 1]))
+    rows.append(Row(example, "rationale", asked, [*range(8, 12 + 3 * example), 1]))
+terms = [Term(name="rationale", loss=CrossEntropy(), targets=("rationale",), weight=0.5)]
+terms += [Term(name="soft", loss=ForwardKL(), targets=("label",), teacher="big")]
+teacher = AutoModelForSeq2SeqLM.from_pretrained("teacher")
+
+
+class Keep(TrainerCallback):
+    def on_log(self, *ignored, logs, **others):
+        kept.append(logs)
+
+
+for tokens in (0, 75):
+    model = AutoModelForSeq2SeqLM.from_pretrained("student")
+    student = LoadedModel(model, AutoTokenizer.from_pretrained("student"))
+    spec = TrainSpec(max_steps=3, rows_per_step=8, rows_per_batch=2, tokens_per_batch=tokens, validate_every=1,
+                     learning_rate=1e-2, optimizer="adafactor")
+    folder, kept = Path(sys.argv[1]) / str(tokens), []
+    trainer = make_trainer(student, rows, spec=spec, max_steps=3, scheme=StepByStep(), objective=Objective(terms),
+                           teachers={"big": FrozenTeacher(teacher)}, validate=None, folder=folder, seed=3)
+    trainer.add_callback(Keep())
+    trainer.train()
+    if is_main_process():
+        logs = [entry for entry in kept if "loss" in entry]
+        torch.save({"logs": logs, "cuts": trainer.args.gradient_accumulation_steps,
+                    "weights": student.model.state_dict()}, folder / "after.pt")
+"""
+
+
+@pytest.mark.slow
+def test_neither_processes_nor_cuts_change_the_update_or_the_logs(
+    tiny_t5: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    """Cut by rows and by padded tokens, in one process and in two: four trainings, one result."""
+    for name, seed in (("student", 1), ("teacher", 2)):
+        model = tiny_t5(seed=seed)
+        model.model.save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "training.py").write_text(TRAINING)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    results = []
+    for folder, launch in (("one", []), ("two", several)):
+        done = subprocess.run(
+            [sys.executable, *launch, "training.py", folder],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=environment,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        results += [torch.load(tmp_path / folder / cut / "after.pt") for cut in ("0", "75")]
+    assert [result["cuts"] for result in results] == [4, 3, 2, 2]
+    first = results[0]
+    assert {"agreement_soft", "teacher_entropy_soft", "gradient_share_soft", "tokens_soft"} <= set(first["logs"][0])
+    for other in results[1:]:
+        for name, weight in first["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, atol=2e-5, rtol=0)
+        assert len(other["logs"]) == 3
+        for mine, theirs in zip(first["logs"], other["logs"], strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine:
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6), name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import combinations, islice, pairwise
 
 import pytest
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 
@@ -77,3 +78,64 @@ def test_micro_batches_have_rows_of_one_target_and_about_one_length() -> None:
         sizes = [(ROWS[i].target, len(ROWS[i].label_ids), len(ROWS[i].input_ids)) for batch in step for i in batch]
         assert sizes == sorted(sizes)
         assert all(ROWS[first].target == ROWS[second].target for first, second in step)
+
+
+def _by_tokens(limit: int, *, ranks: int = 1, max_steps: int = 15) -> tuple[StepSampler, list[list[list[int]]]]:
+    sampler = StepSampler(
+        ROWS, rows_per_step=8, rows_per_batch=3, max_steps=max_steps, seed=1, ranks=ranks, tokens_per_batch=limit
+    )
+    batches, share = list(sampler), sampler.micro_batches * ranks
+    assert len(batches) == len(sampler) == max_steps * share
+    return sampler, [batches[i : i + share] for i in range(0, len(batches), share)]
+
+
+def _padded(batch: list[int]) -> int:
+    rows = [ROWS[index] for index in batch]
+    return len(rows) * (max(len(row.input_ids) for row in rows) + max(len(row.label_ids) for row in rows))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("limit", [17, 30, 60, 90, 1000])
+def test_micro_batches_keep_to_a_limit_of_tokens(limit: int, ranks: int) -> None:
+    """None is empty, none too large, each rank has as many as the others, and the rows are those of any other cut."""
+    sampler, steps = _by_tokens(limit, ranks=ranks)
+    assert [sorted(index for batch in step for index in batch) for step in steps] == [
+        sorted(step[0]) for step in _steps()
+    ]
+    assert min(len(batch) for step in steps for batch in step) >= 1
+    assert max(_padded(batch) for step in steps for batch in step) <= limit
+    for step in steps:
+        sizes = [len(batch) for batch in step]
+        assert all(sizes[at] == sizes[at + rank] for at in range(0, len(sizes), ranks) for rank in range(ranks))
+    if limit == 1000:
+        assert sampler.micro_batches == 1
+
+
+def test_there_are_no_more_micro_batches_than_some_step_needs() -> None:
+    """Against all ways to cut a sorted step in fewer pieces, tried one by one."""
+    sampler, steps = _by_tokens(60)
+    rows = [[index for batch in step for index in batch] for step in steps]
+
+    def can_be_cut(step: list[int], pieces: int) -> bool:
+        for places in combinations(range(1, len(step)), pieces - 1):
+            bounds = [0, *places, len(step)]
+            if all(_padded(step[start:stop]) <= 60 for start, stop in pairwise(bounds)):
+                return True
+        return False
+
+    assert sampler.micro_batches > 1
+    assert all(can_be_cut(step, sampler.micro_batches) for step in rows)
+    assert not all(can_be_cut(step, sampler.micro_batches - 1) for step in rows)
+
+
+def test_a_row_that_is_larger_than_a_micro_batch_is_refused() -> None:
+    longest = max(row.num_tokens for row in ROWS)
+    _by_tokens(longest)
+    with pytest.raises(ConfigError, match=rf"train\.tokens_per_batch: a row has {longest} tokens"):
+        _by_tokens(longest - 1)
+
+
+def test_tokens_seen_do_not_depend_on_the_cut() -> None:
+    whole = StepSampler(ROWS, rows_per_step=8, rows_per_batch=8, max_steps=15, seed=1)
+    assert _by_tokens(40)[0].tokens_until(7) == whole.tokens_until(7)
+    assert whole.tokens_until(5) == sum(row.num_tokens for row in ROWS), "five steps are an epoch"

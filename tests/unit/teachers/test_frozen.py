@@ -15,10 +15,12 @@ from distill_llm.data.rows import Row
 from distill_llm.losses.forward_kl import ForwardKL
 from distill_llm.losses.jensen_shannon import JensenShannon
 from distill_llm.losses.logit_mse import LogitMSE
+from distill_llm.models.head import OutputHead
 from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.beside import ModelBeside
 from distill_llm.teachers.frozen import Frozen, FrozenTeacher
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.base import Loss
     from distill_llm.teachers.base import TensorTeacher
 
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROWS = [Row(0, "label", [5, 6, 7], [8, 1]), Row(0, "rationale", [5], [9, 10, 11, 1])]
 
 
@@ -59,7 +62,7 @@ def test_it_says_what_the_model_says_without_dropout_or_gradient(
     torch.testing.assert_close(said.logits, expected.logits)
     assert not said.logits.requires_grad
     assert said.token_ids.tolist() == expected.token_ids.tolist()
-    assert spec.num_parameters() == big.num_parameters
+    assert spec.num_parameters(0) == big.num_parameters
 
 
 def test_another_family_is_refused(
@@ -88,12 +91,16 @@ def _cut(model: LoadedModel) -> LoadedModel:
     return LoadedModel(cut, model.tokenizer)
 
 
-def _soft_loss(student: LoadedModel, teacher: TensorTeacher, loss: Loss) -> tuple[torch.Tensor, ...]:
+def _soft_loss(
+    student: LoadedModel, teacher: TensorTeacher, loss: Loss, chunk_tokens: int = 0
+) -> tuple[torch.Tensor, ...]:
     """The loss of a batch, and its gradients at the student's embeddings and head."""
     batch = Collator(0, 0 if student.is_encoder_decoder else None)(ROWS)
+    batch = {name: column.to(student.model.device) for name, column in batch.items()}
+    head = OutputHead(student.model, chunk_tokens=chunk_tokens) if chunk_tokens else None
     term = Term(name="soft", loss=loss, targets=("label", "rationale"), teacher="big")
     objective = Objective([term])
-    ((said, taught),) = StepByStep().compare(student.model, {"big": teacher}, batch, objective)
+    ((said, taught),) = StepByStep().compare(student.model, {"big": teacher}, batch, objective, head)
     total, _ = objective(said, taught, objective.counts(batch))
     weights = [student.model.get_input_embeddings().weight, student.model.get_output_embeddings().weight]
     return (total.detach(), *torch.autograd.grad(total, weights))
@@ -126,4 +133,70 @@ def test_what_a_head_has_beyond_the_tokenizer_counts_for_nothing(
 def test_a_missing_teacher_is_a_config_error() -> None:
     spec = Frozen(model="./runs/nothing/here")
     with pytest.raises(ConfigError, match=r"teachers: frozen .* there is no folder"):
-        spec.num_parameters()
+        spec.num_parameters(0)
+
+
+@pytest.mark.parametrize(
+    ("student_on", "teacher_on"),
+    [
+        ("cpu", "cpu:0"),  # another name of the one CPU: signals come and go as between two devices
+        pytest.param("cpu", "cuda", marks=needs_gpu),
+        pytest.param("cuda", "cpu", marks=needs_gpu),
+    ],
+)
+@pytest.mark.parametrize("chunk_tokens", [0, 2])
+def test_a_teacher_on_another_device_says_the_same(
+    tiny_model: Callable[..., LoadedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    student_on: str,
+    teacher_on: str,
+    chunk_tokens: int,
+) -> None:
+    student, big = tiny_model(seed=1), tiny_model(seed=2)
+    expected = _soft_loss(student, FrozenTeacher(big.model), ForwardKL(), chunk_tokens)
+    student.model.to(student_on)
+    spec = _spec(big, tmp_path).model_copy(update={"device": teacher_on.removesuffix(":0")})
+    teacher = spec.open(_facts(student, device=student_on))
+    if teacher_on == "cpu:0":
+        assert torch.device("cpu:0") != torch.device("cpu")
+        monkeypatch.setattr(ModelBeside, "_device", torch.device("cpu:0"))
+    found = _soft_loss(student, teacher, ForwardKL(), chunk_tokens)
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.device.type == student_on
+        torch.testing.assert_close(value.cpu(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_fewer_bits_say_nearly_the_same(tiny_llama: Callable[..., LoadedModel], tmp_path: Path, load_in: str) -> None:
+    """Weights are quantized indeed, the head (of the tokenizer's words) is not, and chunks see what all at once see."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    student, big = tiny_llama(seed=1), tiny_llama(seed=2, **sizes)
+    spec = _spec(big, tmp_path).model_copy(update={"load_in": load_in, "dtype": "float32"})
+    spec.check()
+    teacher: Any = spec.open(_facts(student))
+    kinds = {type(weight).__name__ for weight in teacher._model.parameters()}
+    assert {"8bit": "Int8Params", "4bit": "Params4bit"}[load_in] in kinds
+    assert spec.num_parameters(0) == big.num_parameters
+    batch = Collator(0, None)(ROWS)
+    full, said = FrozenTeacher(big.model).signals(batch).logits, teacher.signals(batch).logits
+    assert not torch.equal(said, full)
+    assert (said - full).norm() < 0.2 * full.norm()
+    for value, wanted in zip(
+        _soft_loss(student, teacher, ForwardKL(), 2), _soft_loss(student, teacher, ForwardKL()), strict=True
+    ):
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"device": "gpu"}, r"teachers: frozen .*\.device: 'gpu' is no device"),
+        ({"device": "cuda:99"}, r"'cuda:99' is not here"),
+    ],
+    ids=str,
+)
+def test_a_device_that_is_not_there_is_found_before_anything_is_loaded(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Frozen.model_validate({"model": "./runs/nothing/here"} | wrong).check()

@@ -1,0 +1,71 @@
+"""Teachers of a recipe that are made of its other teachers: what is refused when the recipe is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.recipe.load import parse_yaml, recipe_from
+from distill_llm.recipe.recipe import Recipe
+
+YAML = """
+name: tiny
+task: {kind: shop}
+student: {model: a/b}
+objective: [{name: label, loss: {kind: cross_entropy}, targets: [label]}]
+train: {max_steps: 2}
+teachers:
+  a: {kind: frozen, model: a/b}
+  b: {kind: ema, decay: 0.99}
+"""
+
+
+def _recipe(**teachers: str) -> Recipe:
+    more = "".join(f"  {name}: {section}\n" for name, section in teachers.items())
+    return recipe_from(parse_yaml(YAML + more, "test"), ())
+
+
+def test_teachers_may_be_made_of_others_wherever_these_stand() -> None:
+    recipe = _recipe(all="{kind: ensemble, of: [pair, a]}", pair="{kind: ensemble, of: [a, b], weights: [0.7, 0.3]}")
+    members: Any = {name: teacher.members() for name, teacher in recipe.teachers.items()}
+    assert members == {"a": (), "b": (), "pair": ("a", "b"), "all": ("pair", "a")}
+
+
+def test_a_member_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"teachers.*pair: it is made of \['c'\].* other teachers are \['a', 'b'\]"):
+        _recipe(pair="{kind: ensemble, of: [a, c]}")
+
+
+@pytest.mark.parametrize(
+    ("teachers", "circle"),
+    [
+        ({"c": "{kind: ensemble, of: [a, c]}"}, "c > c"),
+        ({"c": "{kind: ensemble, of: [a, d]}", "d": "{kind: ensemble, of: [b, c]}"}, "c > d > c"),
+        (
+            {"top": "{kind: ensemble, of: [a, d]}", "d": "{kind: ensemble, of: [b, e]}"}
+            | {"e": "{kind: ensemble, of: [d, a]}"},
+            "d > e > d",
+        ),
+    ],
+    ids=["itself", "two", "below"],
+)
+def test_a_teacher_that_is_made_of_itself_is_refused(teachers: dict[str, str], circle: str) -> None:
+    with pytest.raises(ConfigError, match=rf"it is made of itself \({circle}\)\. Take it out"):
+        _recipe(**teachers)
+
+
+@pytest.mark.parametrize(
+    ("section", "path"),
+    [
+        ("{kind: ensemble, of: [a, b], weights: [1]}", r"teachers\.pair.*1 numbers for 2 teachers"),
+        ("{kind: ensemble, of: [a, b], weights: [1, -1]}", r"teachers\.pair\.weights.*greater than 0"),
+        ("{kind: ema, decay: 1.0}", r"teachers\.pair\.decay.*less than 1"),
+        ("{kind: frozen, model: a/b, load_in: 2bit}", r"teachers\.pair\.load_in"),
+    ],
+    ids=["weights", "negative", "decay", "bits"],
+)
+def test_errors_name_the_teacher_and_the_key(section: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s){path}"):
+        _recipe(pair=section)
