@@ -154,7 +154,10 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
 
     student.model.to(default_device())
     teachers = open_teachers(recipe, recipe.objective, student)
-    chosen = _mixed(rows, rows_per_batch(recipe.train))
+    number = rows_per_batch(recipe.train)
+    if recipe.train.tokens_per_batch:
+        number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
+    chosen = _mixed(rows, number)
     batch = {name: column.to(student.model.device) for name, column in collator_for(student)(chosen).items()}
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
     _teachers_are_still(teachers, batch, diagnosis)

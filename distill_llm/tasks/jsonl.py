@@ -13,18 +13,13 @@ from distill_llm.core.component import Component
 from distill_llm.core.errors import DataError
 from distill_llm.core.example import Example
 from distill_llm.tasks.base import SplitName, Task, chosen
-from distill_llm.tasks.source import Layout, Row, read_splits
+from distill_llm.tasks.source import USUAL_STEMS, Layout, Row, read_splits
 from distill_llm.tasks.wording import STATED_ANSWER, few_shot, lettered_answer, with_choices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _MAX_CHOICES = 26
-_STEMS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev"),
-    "test": ("test",),
-}
 
 
 class Fields(Component):
@@ -117,14 +112,14 @@ class Jsonl(Task):
             "validation": self.hub_splits.validation,
             "test": self.hub_splits.test,
         }
-        found = read_splits(self.data, Layout(_STEMS, hub, self.hub_config))
+        found = read_splits(self.data, Layout(USUAL_STEMS, hub, self.hub_config))
         others: tuple[tuple[SplitName, str | None], ...] = (
             ("validation", self.validation_data),
             ("test", self.test_data),
         )
         for split, data in others:
             if data is not None:
-                layout = Layout({"train": _STEMS[split]}, {"train": hub[split]}, self.hub_config)
+                layout = Layout({"train": USUAL_STEMS[split]}, {"train": hub[split]}, self.hub_config)
                 found[split] = read_splits(data, layout)["train"]
         self._check_columns(found)
         return {split: [self._example(row, split) for row in rows] for split, rows in found.items()}

@@ -104,3 +104,10 @@ def test_a_teacher_that_is_not_still_is_an_error(
     ((level, found),) = _said(diagnosis, "teacher big")
     assert level == "error"
     assert said in found
+
+
+def test_a_micro_batch_by_tokens_is_as_large_as_the_longest_rows_let_it_be(tmp_path: Path) -> None:
+    by_rows, by_tokens = _examined(tmp_path), _examined(tmp_path, "train.tokens_per_batch=120")
+    assert "one micro-batch of 8 rows" in _said(by_rows, "memory")[0][1]
+    ((_, said),) = _said(by_tokens, "memory")
+    assert "one micro-batch of 3 rows" in said
