@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
-
-T = TypeVar("T")
+from typing import Protocol
 
 
 class Progress(Protocol):
@@ -29,11 +26,3 @@ class Silent:
 
 
 SILENT = Silent()
-
-
-def track(items: Iterable[T], name: str, total: int, progress: Progress) -> Iterator[T]:
-    """``items``, with a bar that counts them."""
-    progress.advance(name, 0, total)
-    for done, item in enumerate(items, start=1):
-        yield item
-        progress.advance(name, done, total)

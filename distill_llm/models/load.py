@@ -90,7 +90,7 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
     """The config of a model; that of an adapter is its base's, which it is merged into."""
     from transformers import AutoConfig
 
-    if _is_adapter(source):
+    if is_adapter(source):
         from distill_llm.models.lora import base_of
 
         return read_config(*base_of(source), where=f"{where} (base of the adapter)")
@@ -99,7 +99,7 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
 
 def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
     """A model with a language head, of the family that its config names; an adapter folder loads with its base."""
-    if _is_adapter(source):
+    if is_adapter(source):
         from distill_llm.models.lora import load_with_adapter
 
         return load_with_adapter(source, where=where, dtype=dtype)
@@ -131,7 +131,7 @@ def check_bits(source: str, load_in: Bits, *, where: str) -> None:
     if load_in == "full":
         return
     need("bitsandbytes", "quantize", where=f"{where} (load_in: {load_in})")
-    if _is_adapter(source):
+    if is_adapter(source):
         raise ConfigError(
             f"{where}: '{source}' is a folder with an adapter, which has to be merged into full weights. Set "
             "`load_in: full`, or merge the adapter and save the whole model first."
@@ -201,7 +201,7 @@ def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
 def weight_bytes(folder: str) -> int | None:
     """Size on disk of a folder's weights, those of an adapter's base included; None where one of them is not here."""
     own = sum(path.stat().st_size for path in Path(folder).expanduser().glob("*.safetensors"))
-    if not own or not _is_adapter(folder):
+    if not own or not is_adapter(folder):
         return own or None
     from distill_llm.models.lora import base_of
 
@@ -209,7 +209,8 @@ def weight_bytes(folder: str) -> int | None:
     return own + base if base else None
 
 
-def _is_adapter(source: str) -> bool:
+def is_adapter(source: str) -> bool:
+    """Whether a folder holds an adapter, which needs its base."""
     return (Path(source).expanduser() / "adapter_config.json").is_file()
 
 

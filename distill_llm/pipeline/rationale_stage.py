@@ -101,9 +101,10 @@ def gather(recipe: Recipe, splits: Splits, run: RunFolder, progress: Progress) -
     asker = make_asker(recipe, spec)
     wanted = wanted_splits(recipe, splits)
     with Asking(asker, run, progress) as asking:
-        _say_what_is_there(asking, *asking.count(wanted), progress)
-        total, found = _count(asking, wanted)
-        if found < total:
+        total, found = asking.count(wanted)
+        _say_what_is_there(asking, total, found, progress)
+        hints, hinted = asking.count_hinted(wanted)
+        if found + hinted < total + hints:
             _ask(asking, recipe, spec, wanted)
         asked = asking.asked
     main_first(lambda: _write(asker, recipe, wanted, run, progress, asked), patience=PATIENCE)
@@ -141,12 +142,6 @@ def _ask(asking: Asking, recipe: Recipe, spec: RationaleSpec, wanted: Mapping[st
         check_teacher(spec, wanted)
     for split, examples in wanted.items():
         asking.complete(split, examples)
-
-
-def _count(asking: Asking, wanted: Mapping[str, Sequence[Example]]) -> tuple[int, int]:
-    """How many requests there are, plain and with a hint, and how many of them are answered."""
-    (total, found), (hints, hinted) = asking.count(wanted), asking.count_hinted(wanted)
-    return total + hints, found + hinted
 
 
 def _say_what_is_there(asking: Asking, total: int, found: int, progress: Progress) -> None:
@@ -199,7 +194,8 @@ def _write_split(asking: Asking, split: str, examples: Sequence[Example], run: R
 
 def _refuse_missing(asking: Asking, wanted: Mapping[str, Sequence[Example]], asked: Asked) -> None:
     """Raises where more requests came to nothing than the recipe allows."""
-    total, found = _count(asking, wanted)
+    (plain, answered), (hints, hinted) = asking.count(wanted), asking.count_hinted(wanted)
+    total, found = plain + hints, answered + hinted
     missing = total - found
     if missing / total <= asking.asker.spec.allow_missing:
         return

@@ -111,7 +111,7 @@ def cause_of(error: Exception, key: str) -> str:
     return quoted(f"{type(cause).__name__}: {cause}".rstrip(": "), key)
 
 
-class Asking:
+class Inquiry:
     """One series of questions. Used once.
 
     ``answers`` advances the iterable of requests in the caller's thread only. At a KeyboardInterrupt, and where asking

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -16,7 +15,8 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator, model_valida
 from distill_llm.core.errors import ConfigError, TeacherError
 from distill_llm.core.extras import load_extra
 from distill_llm.core.files import fingerprint
-from distill_llm.teachers.asking import Asking, Manners, Refused, TryAgain, cause_of, quoted, told_wait
+from distill_llm.models.prompt_tokens import turns
+from distill_llm.teachers.asking import Inquiry, Manners, Refused, TryAgain, cause_of, quoted, told_wait
 from distill_llm.teachers.base import (
     Completion,
     Failure,
@@ -244,7 +244,7 @@ class OpenAICompatible(TextTeacherSpec):
 
 
 class OpenAICompatibleTeacher:
-    """Asks as the recipe says; see ``Asking`` for what an interruption does."""
+    """Asks as the recipe says; see ``Inquiry`` for what an interruption does."""
 
     def __init__(self, spec: OpenAICompatible, sampling: Sampling, key: str, openai: ModuleType):
         extra = f" {fingerprint(spec.extra)}" if spec.extra else ""
@@ -254,7 +254,7 @@ class OpenAICompatibleTeacher:
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         spec = self._spec
         manners = Manners(spec.concurrency, spec.timeout_seconds, spec.max_retries, spec.backoff_seconds)
-        return Asking(self._connect, manners).answers(requests)
+        return Inquiry(self._connect, manners).answers(requests)
 
     def _connect(self) -> _Connection:
         return _Connection(self._spec, self._sampling, self._key, self._openai)
@@ -349,7 +349,7 @@ class _Connection:
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [asdict(turn) for turn in prompt]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else turns(prompt)
 
 
 def _text_of(message: Mapping[str, Any], stops: Sequence[str]) -> str | None:

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from distill_llm.core.errors import ConfigError, TeacherError
 from distill_llm.core.extras import load_extra, need
+from distill_llm.core.processes import world_size
 from distill_llm.teachers.base import (
     Completion,
     Failure,
@@ -63,7 +64,7 @@ class Vllm(TextTeacherSpec):
     context_tokens: int = Field(default=0, ge=0, description="prompt and completion together; 0: the model's own")
 
     def check(self, *, chat: bool, sampling: Sampling) -> None:
-        from distill_llm.models.load import read_config, read_tokenizer
+        from distill_llm.models.load import is_adapter, read_config, read_tokenizer
 
         need("vllm", "vllm", where=_WHERE)
         config = read_config(self.model, self.revision, where=f"{_WHERE}.model")
@@ -72,7 +73,7 @@ class Vllm(TextTeacherSpec):
                 f"{_WHERE}.model: '{self.model}' is an encoder-decoder, and vLLM runs decoder-only models. Choose "
                 "another model, or `kind: transformers`."
             )
-        if (Path(self.model).expanduser() / "adapter_config.json").is_file():
+        if is_adapter(self.model):
             raise ConfigError(
                 f"{_WHERE}.model: '{self.model}' is an adapter, and vLLM is given whole models here. Merge it into its "
                 "base first, or choose `kind: transformers`."
@@ -110,7 +111,7 @@ class Vllm(TextTeacherSpec):
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
         from distill_llm.models.load import weights_of
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = world_size()
         if processes != self.data_parallel_size:
             raise ConfigError(
                 f"{_WHERE}.data_parallel_size: {self.data_parallel_size} replicas need as many processes, and "
@@ -268,7 +269,7 @@ def _alone(gpus: int) -> Iterator[None]:
 
     A replica that finds torchrun's variables would wait for the other processes to join it, for ever.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield
         return
     devices = _own_devices(gpus)
