@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from distill_llm.core.processes import leave_in_time
 from distill_llm.core.signals import Batch
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
@@ -53,6 +54,7 @@ class DistillTrainer(Trainer):
     ):
         # Several GPUs are used through torchrun; in one process Trainer would fall back to DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
+        leave_in_time()  # the arguments have made the group of processes
         # Trainer insists on an evaluation set; ours is behind ``validate``.
         data: Any = [] if validate else None
         super().__init__(model=model, args=args, data_collator=collator, eval_dataset=data, **options)
