@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, tokens_of
+from distill_llm.core.signals import Batch, LazySignals, Signals, tokens_of
+from distill_llm.models.forward import forward
 
 AUTO_BYTES = 128 * 2**20
 """Of the float32 logits of one chunk. A loss keeps about ten tensors of that size while it works."""
@@ -67,13 +68,14 @@ class OutputHead:
         """
         tokens = tokens_of(batch)
         with self._catching() as caught:
-            logits = model(**model_inputs(batch)).logits
+            passed = forward(model, batch)
+        logits = passed.outputs.logits
         self._check(caught, logits, batch)
         assert caught.hidden is not None
         weights = self._gathered(model)
         return LazySignals(
             tokens=tokens,
-            hidden=caught.hidden[tokens.rows, tokens.columns],
+            hidden=passed.at(caught.hidden, tokens.rows, tokens.columns),
             make_logits=partial(self._logits, caught.autocast),
             weights=tuple(weight for weight in weights if weight.requires_grad),
             anchor=logits[:, :0].float().sum(),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.component import Component
-from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, select_rows, signals_of
+from distill_llm.core.signals import Batch, LazySignals, Signals, select_rows, signals_of
+from distill_llm.models.forward import forward
 from distill_llm.teachers.base import LazyTeacher
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Scheme(Component):
         if head is not None:
             student = head.read(model, batch)
             return [(student, _lazily(teachers, batch, objective, student))]
-        student = signals_of(model(**model_inputs(batch)).logits, batch)
+        student = signals_of(forward(model, batch).outputs.logits, batch)
         said = {}
         for name, teacher in teachers.items():
             if not any(term.teacher == name for term in objective.terms):

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distill_llm.core.signals import Batch, LazySignals, Signals, model_inputs, signals_of, tokens_of
+from distill_llm.core.signals import Batch, LazySignals, Signals, signals_of, tokens_of
+from distill_llm.models.forward import forward
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +39,7 @@ class ModelBeside:
 
         near = self._brought(batch)
         with torch.no_grad():
-            said = signals_of(self._model(**model_inputs(near)).logits[..., : self._width], near)
+            said = signals_of(forward(self._model, near).outputs.logits[..., : self._width], near)
         home = batch["labels"].device
         agreement = None if said.agreement is None else said.agreement.to(home)
         return Signals(said.logits.to(home), said.token_ids.to(home), said.targets.to(home), agreement)
