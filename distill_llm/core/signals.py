@@ -6,11 +6,12 @@ B rows, T positions, N supervised tokens, M of them, V vocabulary, D hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.example import TARGETS
+from distill_llm.core.features import Features, Side
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,18 +27,22 @@ _BOOKKEEPING = ("labels", "targets", "agreement")
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """One model's outputs at N supervised tokens, in row order. ``agreement`` is that of the token's row."""
+    """One model's outputs at N supervised tokens, in row order. ``agreement`` is that of the token's row.
+
+    ``features`` are of the whole batch, and stay whole in a part of the tokens.
+    """
 
     logits: Float[Tensor, "N V"]
     token_ids: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     agreement: Float[Tensor, " N"] | None = None
+    features: Mapping[Side, Features] = field(default_factory=dict)
 
     def where(self, keep: Bool[Tensor, " N"]) -> Signals:
         if bool(keep.all()):
             return self
         agreement = None if self.agreement is None else self.agreement[keep]
-        return Signals(self.logits[keep], self.token_ids[keep], self.targets[keep], agreement)
+        return Signals(self.logits[keep], self.token_ids[keep], self.targets[keep], agreement, self.features)
 
     def narrowed(self, width: int) -> Signals:
         """Over the first ``width`` words alone: heads may be padded beyond the tokenizer, each model's by its own."""
@@ -74,7 +79,7 @@ class LazySignals:
     """Signals whose logits are made where they are used, a few tokens at a time: all of them would not fit.
 
     ``weights`` are those of the head that learn. ``anchor`` is a zero through which each weight gets a gradient where
-    no term has a token. ``chunk_tokens`` says how many tokens at once.
+    no term has a token. ``chunk_tokens`` says how many tokens at once. ``features`` are of the whole batch.
     """
 
     tokens: Tokens
@@ -83,6 +88,7 @@ class LazySignals:
     weights: tuple[Tensor, ...]
     anchor: Float[Tensor, ""]
     chunk_tokens: int
+    features: Mapping[Side, Features] = field(default_factory=dict)
 
     def said(self, start: int, stop: int, hidden: Float[Tensor, "M D"]) -> Signals:
         """The tokens from ``start`` on, up to ``stop``, as the head reads them from ``hidden``."""
@@ -144,6 +150,20 @@ def tokens_of(batch: Batch) -> Tokens:
         spans={
             target: (stop - size, stop) for target, (size, stop) in enumerate(zip(sizes, stops, strict=True)) if size
         },
+        agreement=batch["agreement"][rows] if "agreement" in batch else None,
+    )
+
+
+def input_tokens_of(batch: Batch) -> Tokens:
+    """Where the input's tokens stand, in row order, as an encoder's layers have them; nothing is supervised there."""
+    there = batch["attention_mask"].bool()
+    rows, columns = there.nonzero(as_tuple=True)
+    return Tokens(
+        rows=rows,
+        columns=columns,
+        token_ids=batch["input_ids"][there],
+        targets=batch["targets"][rows],
+        spans={},
         agreement=batch["agreement"][rows] if "agreement" in batch else None,
     )
 

@@ -17,17 +17,23 @@ if TYPE_CHECKING:
     from distill_llm.core.signals import Signals
 
 
-class Loss(Component):
+class TermLoss(Component):
+    """What a term weighs: a loss on logits (``Loss``), or on layers (``FeatureLoss``)."""
+
     needs_teacher: ClassVar[bool] = True
+
+    def at(self, progress: float) -> TermLoss:
+        """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
+        now = {name: number_at(value, progress) for name, value in self if isinstance(value, Schedule)}
+        return self.model_copy(update=now) if now else self
+
+
+class Loss(TermLoss):
+    """A loss on what models say of the next token."""
 
     @abstractmethod
     def __call__(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
         """Loss of each token, in nats. The teacher's signals stand at the same tokens as the student's."""
-
-    def at(self, progress: float) -> Loss:
-        """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
-        now = {name: number_at(value, progress) for name, value in self if isinstance(value, Schedule)}
-        return self.model_copy(update=now) if now else self
 
 
 class Divergence(Loss):

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.features import LOGITS, Reading
 from distill_llm.core.signals import Batch, LazySignals, Signals, tokens_of
 from distill_llm.models.forward import forward
+from distill_llm.models.layers import heads_of
 
 AUTO_BYTES = 128 * 2**20
 """Of the float32 logits of one chunk. A loss keeps about ten tensors of that size while it works."""
@@ -60,15 +62,17 @@ class OutputHead:
         self._chunk_tokens, self._width = chunk_tokens, width
         self._checked = False
 
-    def read(self, model: Any, batch: Batch) -> LazySignals:
-        """One forward pass. ``model`` is called as it is wrapped, or a gradient's reduction over ranks is skipped.
+    def read(self, model: Any, batch: Batch, reading: Reading = LOGITS) -> LazySignals:
+        """One forward pass, of which ``reading`` is wanted too.
+
+        ``model`` is called as it is wrapped, or a gradient's reduction over ranks is skipped.
 
         The head gets one token (twice), which keeps the graph of all ranks alike; the rest waits for the loss. Raises
         ConfigError where the model's logits are not what this class would make of them.
         """
         tokens = tokens_of(batch)
         with self._catching() as caught:
-            passed = forward(model, batch)
+            passed = forward(model, batch, reading)
         logits = passed.outputs.logits
         self._check(caught, logits, batch)
         assert caught.hidden is not None
@@ -80,6 +84,7 @@ class OutputHead:
             weights=tuple(weight for weight in weights if weight.requires_grad),
             anchor=logits[:, :0].float().sum(),
             chunk_tokens=self._tokens_at_once(logits.size(-1)),
+            features=passed.features(batch, reading, heads_of(model)) if reading else {},
         )
 
     def _tokens_at_once(self, words: int) -> int:

@@ -92,8 +92,18 @@ class Recipe(Component):
             )
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
+        self._layers_exist()
         self._ablations_exist()
         return self
+
+    def _layers_exist(self) -> None:
+        for term in self.objective:
+            if term.layers is not None and not self.teachers[term.teacher or ""].has_layers:
+                able = sorted(name for name, teacher in self.teachers.items() if teacher.has_layers)
+                raise ValueError(
+                    f"objective.{term.name}.teacher: '{term.teacher}' has no layers of its own to compare with. Name "
+                    f"one that has: {able or 'a frozen teacher, to be added'}"
+                )
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.features import LOGITS, Reading, Shape, Side
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -170,6 +171,19 @@ class LazyTeacher(TensorTeacher, Protocol):
 
 
 @runtime_checkable
+class DeepTeacher(LazyTeacher, Protocol):
+    """One whose layers can be looked at: its signals come with what a ``reading`` wants of them."""
+
+    def show(self, reading: Reading) -> Mapping[Side, Shape]:
+        """Prepares to be read so; gives layers and width of each of its sides. Raises ConfigError where it cannot."""
+        ...
+
+    def signals(self, batch: Batch, reading: Reading = LOGITS) -> Signals: ...
+
+    def lazy_signals(self, batch: Batch, reading: Reading = LOGITS) -> LazySignals: ...
+
+
+@runtime_checkable
 class MovingTeacher(TensorTeacher, Protocol):
     """One that changes while the student learns; every checkpoint has its state."""
 
@@ -188,6 +202,9 @@ class MovingTeacher(TensorTeacher, Protocol):
 
 class TensorTeacherSpec(Component):
     """The recipe's side of a tensor teacher."""
+
+    has_layers: ClassVar[bool] = True
+    """It opens as a DeepTeacher, for losses on layers."""
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""

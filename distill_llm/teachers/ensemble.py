@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -108,6 +108,7 @@ class Ensemble(TensorTeacherSpec):
     """Other teachers of the recipe, run one after the other and mixed token by token; each is opened once."""
 
     kind: Literal["ensemble"] = "ensemble"
+    has_layers: ClassVar[bool] = False
     of: tuple[str, ...] = Field(min_length=2, description="names of other teachers of the recipe")
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         default=(), description="one for each of `of`, in any unit; empty: all alike"

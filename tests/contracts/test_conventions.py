@@ -34,6 +34,7 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/training/",
     f"{PACKAGE}/evaluation/metrics/",
     f"{PACKAGE}/models/head.py",
+    f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 

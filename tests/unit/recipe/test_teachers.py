@@ -56,6 +56,15 @@ def test_a_teacher_that_is_made_of_itself_is_refused(teachers: dict[str, str], c
         _recipe(**teachers)
 
 
+def test_a_teacher_without_layers_is_refused_for_a_loss_on_layers() -> None:
+    data = parse_yaml(f"{YAML}  pair: {{kind: ensemble, of: [a, b]}}\n", "test")
+    data["objective"].append({"name": "hint", "loss": {"kind": "hint"}, "targets": ["label"], "teacher": "pair"})
+    with pytest.raises(ConfigError, match=r"objective\.hint\.teacher: 'pair' has no layers.*\['a', 'b'\]"):
+        recipe_from(data, ())
+    with pytest.raises(ConfigError, match=r"objective\.hint: hint compares the student with a teacher"):
+        recipe_from(data, ["objective.hint.teacher=null"])
+
+
 @pytest.mark.parametrize(
     ("section", "path"),
     [
