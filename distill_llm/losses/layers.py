@@ -32,12 +32,17 @@ class FeatureLoss(TermLoss):
         "[student, teacher], counted from 1, with 0 for the embeddings",
     )
 
-    @field_validator("layers")
+    @field_validator("layers", mode="before")
     @classmethod
-    def _some(cls, layers: object) -> object:
-        if layers == ():
-            raise ValueError("no pair of layers is named. Give [[student, teacher], ...], or `last`, or `uniform`")
-        return layers
+    def _pairs_of_numbers(cls, layers: object) -> object:
+        def is_pair(pair: object) -> bool:
+            return isinstance(pair, Sequence) and len(pair) == 2 and all(type(layer) is int for layer in pair)
+
+        if isinstance(layers, str) or (isinstance(layers, Sequence) and layers and all(map(is_pair, layers))):
+            return layers
+        raise ValueError(
+            f"{layers!r} names no pairs of layers. Write [[student, teacher], ...], or `last`, or `uniform`"
+        )
 
     @property
     @abstractmethod

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from distill_llm.core.component import kinds
@@ -183,6 +185,20 @@ def test_attention_map_is_the_divergence_of_each_head_or_of_their_means(heads: i
 )
 def test_layers_are_mapped(layers: Any, student: int, teacher: int, pairs: list[tuple[int, int]]) -> None:
     assert Hint.model_validate({"layers": layers}).pairs(student, teacher) == pairs
+
+
+@pytest.mark.parametrize("layers", [[], [[1]], [1, 2], [["a", "b"]], 3], ids=repr)
+def test_what_is_no_pair_of_layers_is_one_error(layers: Any) -> None:
+    with pytest.raises(ValidationError, match=r"1 validation error(?s:.*)names no pairs of layers"):
+        Hint.model_validate({"layers": layers})
+
+
+def test_a_row_counts_as_much_as_its_votes_agreed() -> None:
+    student, teacher = _features(1), _features(2)
+    agreement = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 0.25, 0.25])
+    term = Term(name="hint", loss=Hint(), targets=("label",), teacher="big", row_weight="agreement")
+    plain = Hint()(student, teacher)
+    torch.testing.assert_close(term.of_each(replace(student, agreement=agreement), teacher), plain * agreement)
 
 
 def test_a_mean_is_taken_over_pairs_of_layers() -> None:
