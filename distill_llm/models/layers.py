@@ -90,6 +90,11 @@ def _heads(model: Any) -> Any:
     return getattr(inner, _NAME, nn.ModuleDict())
 
 
+def anchor_of(model: Any) -> Tensor | float:
+    """A zero through which the heads get a gradient where no term has a token for them: DDP waits for all weights."""
+    return sum((weight.sum() * 0.0 for weight in head_weights(model).values()), 0.0)
+
+
 def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A student's weights without those of its heads."""
     return {name: weight for name, weight in state.items() if not name.startswith(f"{_NAME}.")}

@@ -39,7 +39,7 @@ class EmaTeacher(ModelBeside):
         decay = min(1 - 1 / (step + 1), self._decay)
         with torch.no_grad():
             for name, mean in self._moving.items():
-                mean.lerp_(weights[name].to(mean.device), 1 - decay)
+                mean.lerp_(_whole(weights[name]).to(mean.device), 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The weights that move, by name."""
@@ -52,6 +52,13 @@ class EmaTeacher(ModelBeside):
         with torch.no_grad():
             for name, weight in self._moving.items():
                 weight.copy_(state[name])
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself where FSDP has shared it out among processes, all of which ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class Ema(TensorTeacherSpec):

@@ -19,7 +19,7 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 from distill_llm.models.head import OutputHead
-from distill_llm.models.layers import head_weights, load_heads, save_heads, without_heads
+from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
 from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
@@ -118,13 +118,9 @@ class DistillTrainer(Trainer):
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
-        total = torch.stack(losses).sum() + self._anchor()
+        total = torch.stack(losses).sum() + anchor_of(model)
         total = total * self.accelerator.num_processes  # undoes DDP's mean over ranks
         return (total, {"loss": total}) if return_outputs else total
-
-    def _anchor(self) -> Tensor | float:
-        """A zero through which the hint heads get a gradient when their terms have ended: DDP waits for all."""
-        return sum((weight.sum() * 0.0 for weight in head_weights(self.model).values()), 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each term's mean since the last training log, and the diagnostics."""
