@@ -22,6 +22,7 @@ from distill_llm.core.signals import (
     TargetSignals,
     aligned_labels,
 )
+from distill_llm.core.sparse import SparseSignals
 from distill_llm.losses.base import Loss
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     AnyLoss: TypeAlias = Loss
 else:
     AnyLoss = any_of(Loss, "distill_llm.losses")
+
+
+Taught: TypeAlias = Signals | SparseSignals
+"""What a teacher says of some tokens: all its words, or those that were kept."""
 
 
 class Term(Component):
@@ -66,18 +71,21 @@ class Term(Component):
         """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
         return self.model_copy(update={"weight": number_at(self.weight, progress), "loss": self.loss.at(progress)})
 
-    def of_each(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
+    def of_each(self, student: Signals, teacher: Taught | None) -> Float[Tensor, " N"]:
         """The loss of each of the term's tokens, times what its row counts."""
-        if teacher is not None:
-            width = teacher.logits.size(-1)
-            student, teacher = student.narrowed(width), teacher.narrowed(width)
-        losses = self.loss(student, teacher)
+        if isinstance(teacher, SparseSignals):
+            losses = self.loss.of_sparse(student.narrowed(teacher.width), teacher)
+        else:
+            if teacher is not None:
+                width = teacher.logits.size(-1)
+                student, teacher = student.narrowed(width), teacher.narrowed(width)
+            losses = self.loss(student, teacher)
         if self.row_weight == "equal" or student.agreement is None:
             return losses
         return losses * student.agreement
 
     def mean_of(
-        self, student: Signals, teacher: Signals | None, count: Int[Tensor, ""]
+        self, student: Signals, teacher: Taught | None, count: Int[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """What these tokens, of ``count`` in all, add to the loss; and to the term's mean, without a gradient."""
         weight = self.weight
@@ -93,7 +101,7 @@ class Term(Component):
         return owned
 
 
-Watch = Callable[[Term, Signals, "Signals | None", "Tensor"], None]
+Watch = Callable[[Term, Signals, "Taught | None", "Tensor"], None]
 """Looks on while a loss is made: a term, what student and teacher say of some of its tokens, and what these add to the
 loss, with its graph."""
 
@@ -115,7 +123,7 @@ class _Chunk:
     stop: int
     first: int
     terms: tuple[int, ...]
-    teachers: Mapping[str, Signals | TargetSignals]
+    teachers: Mapping[str, Taught | TargetSignals]
 
 
 class Objective:
@@ -160,7 +168,7 @@ class Objective:
     def __call__(
         self,
         student: Signals | LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -177,7 +185,7 @@ class Objective:
             taught = None
             if term.teacher is not None:
                 everything = teachers[term.teacher]
-                assert isinstance(everything, Signals), "lazy signals belong beside lazy ones"
+                assert not isinstance(everything, LazySignals), "lazy signals belong beside lazy ones"
                 taught = everything.where(term.owns(everything.targets))
             part, means[term.name] = term.mean_of(said, taught, count)
             if watch is not None:
@@ -188,7 +196,7 @@ class Objective:
     def _in_chunks(
         self,
         student: LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -217,7 +225,7 @@ class Objective:
         total, means = summed_in_chunks(student, spans, loss_of, len(self.terms))
         return total, {term.name: mean for term, mean in zip(self.terms, means.unbind(), strict=True)}
 
-    def _chunks(self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals]) -> Iterator[_Chunk]:
+    def _chunks(self, student: LazySignals, teachers: Mapping[str, Taught | LazySignals]) -> Iterator[_Chunk]:
         """All tokens of a chunk belong to the same terms, because they are of one target."""
         for target, (start, stop) in student.tokens.spans.items():
             terms = tuple(index for index, term in enumerate(self.terms) if TARGETS[target] in term.targets)

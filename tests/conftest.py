@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 _SHAPE_CHECKED = tuple(
-    f"distill_llm.{name}" for name in ("core.signals", "models.head", "losses", "objective", "data", "schemes")
+    f"distill_llm.{name}"
+    for name in ("core.signals", "core.sparse", "models.head", "losses", "objective", "data", "schemes")
 )
 # Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
 _IN_ORDER = (
     ("distill_llm.core.signals", ("Signals", "LazySignals")),
+    ("distill_llm.core.sparse", ("SparseSignals",)),
     ("distill_llm.models.head", ("OutputHead",)),
     ("distill_llm.losses.base", ()),
     ("distill_llm.losses", ()),

@@ -48,13 +48,9 @@ class ModelBeside:
         """The same, without logits yet."""
         import torch
 
-        from distill_llm.models.head import OutputHead
-
-        if self._head is None:
-            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
         home = batch["labels"].device
         with torch.no_grad():
-            said = self._head.read(self._model, self._brought(batch))
+            said = self.head().read(self._model, self._brought(batch))
             if home == self._device:
                 return said
             return replace(
@@ -64,6 +60,14 @@ class ModelBeside:
                 make_logits=partial(_made_elsewhere, said.make_logits, self._device),
                 anchor=said.anchor.to(home),
             )
+
+    def head(self) -> OutputHead:
+        """The model's own, which makes its logits of hidden states."""
+        from distill_llm.models.head import OutputHead
+
+        if self._head is None:
+            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
+        return self._head
 
     @property
     def _device(self) -> device:
