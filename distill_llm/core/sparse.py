@@ -1,6 +1,6 @@
 """What a teacher said of a token when not all of its words were kept: the likeliest ones, or some drawn ones.
 
-N supervised tokens, M of them, V vocabulary, K likeliest words, R temperatures, S draws.
+N supervised tokens, V vocabulary, K likeliest words, J these and all others as one, R temperatures, S draws.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TopSignals(SparseSignals):
     log_probs: Float[Tensor, "N K"]
     log_odds: Float[Tensor, "N R"]
 
-    def log_coarse(self, temperature: float) -> Float[Tensor, "N K+1"]:
+    def log_coarse(self, temperature: float) -> Float[Tensor, "N J"]:
         """Log-probabilities of the K words and, last, of all others as one; they sum to 1 without being renormalised.
 
         The mass of the K words is the teacher's own: what softening moves to the others is in ``log_odds``.
@@ -86,7 +86,7 @@ class TopSignals(SparseSignals):
         log_top = -softplus(odds)
         return torch.cat([(self.log_probs / temperature).log_softmax(-1) + log_top, odds + log_top], -1)
 
-    def log_coarse_of(self, logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N K+1"]:
+    def log_coarse_of(self, logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N J"]:
         """The same of another model, which has these ``logits``: at the same K words, and all others as one.
 
         The others are summed by themselves: 1 minus the K words would lose what is small.
