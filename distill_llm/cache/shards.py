@@ -21,8 +21,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Columns: TypeAlias = Mapping[str, Array]
 """One or more numbers for each token, by name; all as long as there are tokens."""
 
-_KEYS, _ENDS = "row_keys", "row_ends"
-_TYPES = {"U8": np.uint8, "U16": np.uint16, "I64": np.int64, "F32": np.float32, "BF16": np.uint16}
+_KEYS, _TOKENS = "row_keys", "row_tokens"
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64, "F32": np.float32, "BF16": np.uint16}
 
 
 class ShardWriter:
@@ -50,11 +50,11 @@ class ShardWriter:
         import torch
         from safetensors.torch import save
 
-        ends = np.cumsum([len(next(iter(row.values()))) for row in self._rows], dtype=np.int64)
+        counts = [len(next(iter(row.values()))) for row in self._rows]
         columns = {name: np.concatenate([row[name] for row in self._rows]) for name in self._rows[0]}
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         tensors |= {name: tensors[name].view(torch.bfloat16) for name in self._bfloat16}
-        tensors |= {_KEYS: torch.tensor(self._keys), _ENDS: torch.from_numpy(ends)}
+        tensors |= {_KEYS: torch.tensor(self._keys), _TOKENS: torch.tensor(counts, dtype=torch.int32)}
         content = save(tensors)
         name = f"shard-{self._process}-{_fingerprint(content)}.safetensors"
         with atomic(self._folder / name) as draft:
@@ -83,10 +83,10 @@ class Shards:
         for path in sorted(folder.glob("shard-*.safetensors")):
             _verify(path)
             columns = _mapped(path)
-            keys, ends = columns.pop(_KEYS), columns.pop(_ENDS)
+            keys, counts = columns.pop(_KEYS), columns.pop(_TOKENS)
             number = len(self._shards)
             self._places |= {int(key): (number, row) for row, key in enumerate(keys)}
-            self._shards.append(_Shard(np.asarray(ends), columns))
+            self._shards.append(_Shard(np.cumsum(counts, dtype=np.int64), columns))
             self.num_bytes += path.stat().st_size
 
     def __contains__(self, key: int) -> bool:

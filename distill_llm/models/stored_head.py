@@ -58,9 +58,11 @@ class StoredHead:
     finish: Finish
 
     def __call__(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
+        import torch
         from torch.nn.functional import linear
 
-        return self.finish(linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        with torch.autocast(hidden.device.type, enabled=False):  # the teacher was not run under it either
+            return self.finish(linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all; the numbers of ``finish`` stand in its metadata."""

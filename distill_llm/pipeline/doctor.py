@@ -261,10 +261,11 @@ def _teachers_are_still(recipe: Recipe, teachers: Mapping[str, Any], batch: Batc
     import torch
 
     objective = Objective(recipe.objective)
+    on_disk = {name for name, teacher in recipe.teachers.items() if teacher.asked_once}
     for name, teacher in teachers.items():
         asked = objective.rows_for(name, batch)
-        if recipe.teachers[name].asked_once and not bool(asked.any()):
-            continue  # it knows the rows that it was asked about, and no others
+        if name in on_disk and not bool(asked.any()):
+            continue  # it knows the rows that it is asked about, and no others
         part = select_rows(batch, asked) if bool(asked.any()) else batch
         said = teacher.signals(part), teacher.signals(part)
         first, second = (one.logits if isinstance(one, Signals) else one.likeliest() for one in said)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from distill_llm.cache.shards import ShardWriter
 from distill_llm.core.errors import ConfigError, StorageError
@@ -24,7 +25,7 @@ from distill_llm.pipeline import cache_stage
 from distill_llm.pipeline.cache_stage import CacheReport, require_caches, write_caches
 from distill_llm.pipeline.doctor import examine
 from distill_llm.pipeline.rationale_stage import check, gather, read_material
-from distill_llm.pipeline.run import cache_signals, train
+from distill_llm.pipeline.run import cache_signals, student_trainer, train
 from distill_llm.pipeline.run_folder import RunFolder, claim
 from distill_llm.pipeline.student_stage import Plan, make_plan
 from distill_llm.pipeline.trial import open_teachers
@@ -316,6 +317,48 @@ def test_training_does_not_open_the_teacher(
 
     monkeypatch.setattr(Frozen, "open", fail)
     assert train(it.recipe).trained_arms() == ["student"]
+
+
+class _Logged(TrainerCallback):
+    """Keeps what reporters get."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.entries.append(dict(logs))
+
+
+@pytest.mark.parametrize("family", ["t5"], indirect=True)
+@pytest.mark.parametrize("payload", ["{kind: top_k, k: 4}", "{kind: sampled}", "{kind: last_hidden, dtype: float32}"])
+def test_training_logs_of_a_cached_teacher_are_those_of_the_teacher(
+    made: Callable[..., Made], tmp_path: Path, payload: str
+) -> None:
+    """All rows in one step: agreement is the online teacher's, the mass that of the report."""
+    steps = ("train.max_steps=1", "train.rows_per_step=24", "train.rows_per_batch=8", "train.validate_every=1")
+    entries = []
+    for teacher in ("kept", "big"):
+        own = (f"objective.soft.teacher={teacher}", f"run_dir={tmp_path / teacher}")
+        it = made(f"teachers.kept.payload={payload}", *steps, *own)
+        if teacher == "kept":
+            report = it.write()
+        trainer = student_trainer(it.recipe)
+        logged = _Logged()
+        trainer.add_callback(logged)
+        trainer.train()
+        entries.append(next(entry for entry in logged.entries if "loss_soft" in entry))
+    kept, online = entries
+    assert kept["agreement_soft"] == pytest.approx(online["agreement_soft"])
+    assert kept["loss_label"] == pytest.approx(online["loss_label"], rel=1e-5)
+    if "top_k" in payload:
+        assert report.captured_mass is not None
+        assert kept.pop("captured_mass_soft") == pytest.approx(report.captured_mass, rel=1e-4)
+        assert kept["teacher_entropy_soft"] < online["teacher_entropy_soft"]
+        assert 0 < kept["loss_soft"] < online["loss_soft"]
+    if "last_hidden" in payload:
+        assert kept["loss_soft"] == pytest.approx(online["loss_soft"], rel=1e-5)
+        assert kept["teacher_entropy_soft"] == pytest.approx(online["teacher_entropy_soft"], rel=1e-5)
+    assert "captured_mass_soft" not in kept
 
 
 @pytest.mark.parametrize("family", ["t5"], indirect=True)
