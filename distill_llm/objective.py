@@ -23,6 +23,7 @@ from distill_llm.core.signals import (
     TargetSignals,
     aligned_labels,
 )
+from distill_llm.core.sparse import SparseSignals
 from distill_llm.losses.base import Loss, TermLoss
 from distill_llm.losses.layers import FeatureLoss
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     AnyLoss: TypeAlias = TermLoss
 else:
     AnyLoss = any_of(TermLoss, "distill_llm.losses")
+
+
+Taught: TypeAlias = Signals | SparseSignals
+"""What a teacher says of some tokens: all its words, or those that were kept."""
 
 
 class Term(Component):
@@ -78,7 +83,7 @@ class Term(Component):
         """Whose tokens it looks at: those of an encoder are the input's, and not supervised."""
         return "decoder" if self.layers is None else self.layers.side
 
-    def of_each(self, student: Signals | Features, teacher: Signals | Features | None) -> Float[Tensor, " N"]:
+    def of_each(self, student: Signals | Features, teacher: Taught | Features | None) -> Float[Tensor, " N"]:
         """The loss of each of the term's tokens, times what its row counts."""
         if isinstance(student, Features):
             assert self.layers is not None
@@ -87,16 +92,13 @@ class Term(Component):
         else:
             assert isinstance(self.loss, Loss)
             assert not isinstance(teacher, Features)
-            if teacher is not None:
-                width = teacher.logits.size(-1)
-                student, teacher = student.narrowed(width), teacher.narrowed(width)
-            losses = self.loss(student, teacher)
+            losses = _on_logits(self.loss, student, teacher)
         if self.row_weight == "equal" or student.agreement is None:
             return losses
         return losses * student.agreement
 
     def mean_of(
-        self, student: Signals | Features, teacher: Signals | Features | None, count: Int[Tensor, ""]
+        self, student: Signals | Features, teacher: Taught | Features | None, count: Int[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """What these tokens, of ``count`` in all, add to the loss; and to the term's mean, without a gradient."""
         weight = self.weight
@@ -112,9 +114,18 @@ class Term(Component):
         return owned
 
 
-Watch = Callable[[Term, Signals, "Signals | None", "Tensor"], None]
+Watch = Callable[[Term, Signals, "Taught | None", "Tensor"], None]
 """Looks on while a loss is made: a term, what student and teacher say of some of its tokens, and what these add to the
 loss, with its graph."""
+
+
+def _on_logits(loss: Loss, student: Signals, teacher: Taught | None) -> Float[Tensor, " N"]:
+    if isinstance(teacher, SparseSignals):
+        return loss.of_sparse(student.narrowed(teacher.width), teacher)
+    if teacher is not None:
+        width = teacher.logits.size(-1)
+        student, teacher = student.narrowed(width), teacher.narrowed(width)
+    return loss(student, teacher)
 
 
 def targets_of(terms: Iterable[Term]) -> tuple[Target, ...]:
@@ -134,7 +145,7 @@ class _Chunk:
     stop: int
     first: int
     terms: tuple[int, ...]
-    teachers: Mapping[str, Signals | TargetSignals]
+    teachers: Mapping[str, Taught | TargetSignals]
 
 
 class Objective:
@@ -187,7 +198,7 @@ class Objective:
     def __call__(
         self,
         student: Signals | LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -205,7 +216,7 @@ class Objective:
     def _of_layers(
         self,
         student: Signals | LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The terms on layers. Their states are there anyway, so that nothing is gained by chunks."""
@@ -220,7 +231,9 @@ class Objective:
             said = said.where(term.owns(said.targets))
             means[term.name] = torch.zeros_like(total)
             if len(said.targets):  # else its teacher was not asked
-                taught = teachers[term.teacher or ""].features[term.side]
+                everything = teachers[term.teacher or ""]
+                assert not isinstance(everything, SparseSignals), "the recipe was checked"
+                taught = everything.features[term.side]
                 part, means[term.name] = term.mean_of(said, taught.where(term.owns(taught.targets)), count)
                 total = total + part
         return total, means
@@ -228,7 +241,7 @@ class Objective:
     def _at_once(
         self,
         student: Signals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -241,7 +254,7 @@ class Objective:
             taught = None
             if term.teacher is not None:
                 everything = teachers[term.teacher]
-                assert isinstance(everything, Signals), "lazy signals belong beside lazy ones"
+                assert not isinstance(everything, LazySignals), "lazy signals belong beside lazy ones"
                 taught = everything.where(term.owns(everything.targets))
             part, means[term.name] = term.mean_of(said, taught, count)
             if watch is not None:
@@ -252,7 +265,7 @@ class Objective:
     def _in_chunks(
         self,
         student: LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -282,7 +295,7 @@ class Objective:
         found = zip(self.terms, means.unbind(), strict=True)
         return total, {term.name: mean for term, mean in found if term.layers is None}
 
-    def _chunks(self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals]) -> Iterator[_Chunk]:
+    def _chunks(self, student: LazySignals, teachers: Mapping[str, Taught | LazySignals]) -> Iterator[_Chunk]:
         """All tokens of a chunk belong to the same terms, because they are of one target."""
         for target, (start, stop) in student.tokens.spans.items():
             terms = tuple(

@@ -34,6 +34,7 @@ _SHAPE_CHECKED = tuple(
     for name in (
         "core.features",
         "core.signals",
+        "core.sparse",
         "models.forward",
         "models.layers",
         "models.head",
@@ -47,6 +48,7 @@ _SHAPE_CHECKED = tuple(
 _IN_ORDER = (
     ("distill_llm.core.features", ("Features", "Reading", "Side", "Shape")),
     ("distill_llm.core.signals", ("Signals", "LazySignals", "Batch")),
+    ("distill_llm.core.sparse", ("SparseSignals",)),
     ("distill_llm.models.forward", ("Heads",)),
     ("distill_llm.models.layers", ()),
     ("distill_llm.models.head", ("OutputHead",)),

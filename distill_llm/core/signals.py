@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, Any]
-"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS) and ``agreement``
-[B] (of the votes, 1 without any); ``decoder_input_ids`` [B, T] too where the model is an encoder-decoder."""
+"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS), ``agreement`` [B]
+(of the votes, 1 without any) and ``keys`` [B] (of the rows, by which signals on disk are found); ``decoder_input_ids``
+[B, T] too where the model is an encoder-decoder."""
 
 IGNORE_INDEX = -100
-_BOOKKEEPING = ("labels", "targets", "agreement")
+_BOOKKEEPING = ("labels", "targets", "agreement", "keys")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class Collator:
         about = {
             "targets": torch.tensor([TARGETS.index(row.target) for row in rows]),
             "agreement": torch.tensor([row.agreement for row in rows]),
+            "keys": torch.tensor([row.key for row in rows]),
         }
         if self.decoder_start_token_id is None:
             inputs = [[*row.input_ids, *row.label_ids] for row in rows]

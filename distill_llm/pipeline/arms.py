@@ -43,13 +43,13 @@ def needed_targets(recipe: Recipe) -> tuple[Target, ...]:
 
 
 def plan_arms(
-    recipe: Recipe, rows: Sequence[Row], *, student_parameters: int, teacher_parameters: Mapping[str, int]
+    recipe: Recipe, rows: Sequence[Row], *, student_parameters: int, teacher_parameters: Mapping[str, float]
 ) -> list[Arm]:
     """The student first, then ablations (objectives with fewer terms), then controls (labels only).
 
     The control with the same compute gets as many steps as the student's cost pays for, where a row costs
     6 * student parameters * its tokens, plus 2 * teacher parameters * its tokens for each teacher that is run on it
-    (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
+    (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1). One that is cached runs once a row, not once a pass.
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
     steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
@@ -57,6 +57,10 @@ def plan_arms(
     for name, kept in recipe.evaluate.ablations.items():
         terms = tuple(term for term in recipe.objective if term.name in kept)
         arms.append(Arm(name, "student", _describe(terms), terms, steps, _asked(recipe, terms)))
+    passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
+    teacher_parameters = {
+        name: size / passes if recipe.teachers[name].asked_once else size for name, size in teacher_parameters.items()
+    }
     label = (_label_term(),)
     for name in recipe.evaluate.controls:
         factor = 1.0
@@ -93,7 +97,7 @@ def _describe(terms: Sequence[Term]) -> str:
 
 
 def _row_cost(
-    terms: Sequence[Term], rows: Sequence[Row], student_parameters: int, teacher_parameters: Mapping[str, int]
+    terms: Sequence[Term], rows: Sequence[Row], student_parameters: int, teacher_parameters: Mapping[str, float]
 ) -> float:
     """Mean floating point operations of a row of the arm with these terms."""
     wanted = targets_of(terms)

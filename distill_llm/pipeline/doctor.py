@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_llm.core.errors import DistillError
 from distill_llm.core.example import Example, Splits, TeacherAnswer
-from distill_llm.core.signals import IGNORE_INDEX, Batch
+from distill_llm.core.signals import IGNORE_INDEX, Batch, Signals, select_rows
 from distill_llm.data.rows import RowSet, build_rows
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer
 from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
+from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.publish import licence_warnings
 from distill_llm.pipeline.rationale_stage import Material, check, read_material
 from distill_llm.pipeline.run_folder import RunFolder
@@ -153,6 +154,7 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     from distill_llm.training.train import collator_for
 
     student.model.to(default_device())
+    recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:
@@ -160,7 +162,7 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     chosen = _mixed(rows, number)
     batch = {name: column.to(student.model.device) for name, column in collator_for(student)(chosen).items()}
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
-    _teachers_are_still(teachers, batch, diagnosis)
+    _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
     for objective in _term_by_term(recipe):
         diagnosis.terms.append(_term(recipe, objective, student, teachers, batch))
@@ -171,6 +173,28 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
             diagnosis.note("error", f"term {facts.name}", "it has no gradient: nothing would be learned from it")
     said = _memory(recipe, student, teachers, batch)
     diagnosis.note("ok", "memory", f"one micro-batch of {len(chosen)} rows, forward and backward: {said}")
+
+
+def _with_caches_that_can_be_read(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> Recipe:
+    """Says how each cache stands; where one lacks rows, the teacher that it is made of takes its place here."""
+    teachers = dict(recipe.teachers)
+    for plan in plan_caches(recipe, rows.rows, student.tokenizer.get_vocab()):
+        what = f"cache {plan.name}"
+        try:
+            missing = missing_rows(plan)
+        except DistillError as error:
+            diagnosis.note("error", what, str(error))
+            missing = len(plan.rows)
+        else:
+            of = f"{len(plan.rows):,} rows"
+            if missing:
+                do = "`distill-llm run` writes it; before `distill-llm train` type: distill-llm cache-signals RECIPE"
+                diagnosis.note("warning", what, f"{plan.folder} lacks {missing:,} of {of}. {do}")
+            else:
+                diagnosis.note("ok", what, f"{plan.folder} is that of the recipe, undamaged, and has all of {of}")
+        if missing:
+            teachers[plan.name] = teachers[plan.spec.of]
+    return recipe.model_copy(update={"teachers": teachers})
 
 
 def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:
@@ -232,12 +256,19 @@ def _loss(
     return sum((loss for loss, _ in results[1:]), results[0][0]), results[0][1]
 
 
-def _teachers_are_still(teachers: Mapping[str, Any], batch: Batch, diagnosis: Diagnosis) -> None:
+def _teachers_are_still(recipe: Recipe, teachers: Mapping[str, Any], batch: Batch, diagnosis: Diagnosis) -> None:
     """A teacher must say the same twice, and pass no gradient on: dropout or weights that learn would show."""
     import torch
 
+    objective = Objective(recipe.objective)
+    on_disk = {name for name, teacher in recipe.teachers.items() if teacher.asked_once}
     for name, teacher in teachers.items():
-        first, second = teacher.signals(batch).logits, teacher.signals(batch).logits
+        asked = objective.rows_for(name, batch)
+        if name in on_disk and not bool(asked.any()):
+            continue  # it knows the rows that it is asked about, and no others
+        part = select_rows(batch, asked) if bool(asked.any()) else batch
+        said = teacher.signals(part), teacher.signals(part)
+        first, second = (one.logits if isinstance(one, Signals) else one.likeliest() for one in said)
         if first.requires_grad:
             diagnosis.note("error", f"teacher {name}", "its logits carry a gradient: it would be trained too")
         elif not torch.equal(first, second):

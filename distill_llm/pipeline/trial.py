@@ -13,6 +13,7 @@ from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
 from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
+from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import DeepTeacher, StudentFacts
 
@@ -98,27 +99,36 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     return result
 
 
-def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
-    """The live teachers that some term names, and those that they are made of; each is opened once."""
-    facts = StudentFacts(
+def student_facts(student: LoadedModel) -> StudentFacts:
+    """What its teachers must agree with."""
+    return StudentFacts(
         vocabulary=student.tokenizer.get_vocab(),
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
         model=student.model,
     )
+
+
+def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
+    """The live teachers that some term names, and those that they are made of; each is opened once."""
+    facts = student_facts(student)
     opened: dict[str, TensorTeacher] = {}
-
-    def open_one(name: str) -> TensorTeacher:
-        if name not in opened:
-            spec = recipe.teachers[name]
-            members = [open_one(member) for member in spec.members()]
-            opened[name] = spec.open(facts, members)
-        return opened[name]
-
     for name in sorted({term.teacher for term in terms if term.teacher is not None}):
-        open_one(name)
+        open_teacher(recipe, name, facts, opened)
     _open_layers(student.model, opened, Objective(terms))
     return opened
+
+
+def open_teacher(
+    recipe: Recipe, name: str, facts: StudentFacts, opened: dict[str, TensorTeacher] | None = None
+) -> TensorTeacher:
+    """One of the recipe's teachers, and those that it is made of, which are added to ``opened`` or taken from it."""
+    opened = {} if opened is None else opened
+    if name not in opened:
+        spec = recipe.teachers[name].placed(RunFolder(recipe.folder).signals(name))
+        members = [open_teacher(recipe, member, facts, opened) for member in spec.members()]
+        opened[name] = spec.open(facts, members)
+    return opened[name]
 
 
 def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective: Objective) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_llm.core.component import Component
 from distill_llm.core.signals import Batch, LazySignals, Signals, select_rows, signals_of
+from distill_llm.core.sparse import SparseSignals
 from distill_llm.models.forward import forward
 from distill_llm.teachers.base import DeepTeacher, LazyTeacher
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from distill_llm.objective import Objective
     from distill_llm.teachers.base import TensorTeacher
 
-Comparison = tuple[Signals | LazySignals, Mapping[str, Signals | LazySignals]]
+Taught = Signals | LazySignals | SparseSignals
+Comparison = tuple[Signals | LazySignals, Mapping[str, Taught]]
 """A student's signals, and those of its teachers. A teacher's are lazy only where the student's are."""
 
 
@@ -65,9 +67,9 @@ class Scheme(Component):
 
 def _lazily(
     teachers: Mapping[str, TensorTeacher], batch: Batch, objective: Objective, student: LazySignals
-) -> dict[str, Signals | LazySignals]:
+) -> dict[str, Taught]:
     """What each teacher says of the targets that it is asked about; nothing of one that has no token here."""
-    said: dict[str, Signals | LazySignals] = {}
+    said: dict[str, Taught] = {}
     here = set(student.tokens.spans)
     for name, teacher in teachers.items():
         asked = objective.asks(name) & here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
@@ -12,12 +13,15 @@ from pydantic import Field
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.features import LOGITS, Reading, Shape, Side
+from distill_llm.losses.layers import FeatureLoss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distill_llm.core.example import Example
     from distill_llm.core.signals import Batch, LazySignals, Signals
+    from distill_llm.core.sparse import SparseSignals
+    from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
 
 
@@ -156,7 +160,7 @@ class TeacherFacts:
 class TensorTeacher(Protocol):
     """A live teacher of signals."""
 
-    def signals(self, batch: Batch) -> Signals:
+    def signals(self, batch: Batch) -> Signals | SparseSignals:
         """Its signals at the supervised tokens of ``batch``, without gradient."""
         ...
 
@@ -205,13 +209,48 @@ class TensorTeacherSpec(Component):
 
     has_layers: ClassVar[bool] = True
     """It opens as a DeepTeacher, for losses on layers."""
+    manner: ClassVar[frozenset[str]] = frozenset({"device"})
+    """Fields that say how it is run, not what it says."""
+    moves: ClassVar[bool] = False
+    """It changes while the student learns."""
+    asked_once: ClassVar[bool] = False
+    """What it is made of runs once a row, however often the student sees the row."""
+    has_head: ClassVar[bool] = False
+    """It is one model, whose head makes its logits."""
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
 
     def members(self) -> tuple[str, ...]:
-        """Names of the recipe's other teachers that it is made of."""
+        """Names of the recipe's other teachers that are opened with it, and that it is made of."""
         return ()
+
+    def made_of(self) -> tuple[str, ...]:
+        """Names of the recipe's other teachers that it is made of, opened with it or not."""
+        return self.members()
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether it speaks of all words, at any temperature."""
+        return True
+
+    def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        """Raises ValueError where it cannot be made of those of ``others`` that it names. Reads no file."""
+
+    def check_loss(self, loss: TermLoss) -> None:
+        """Raises ValueError where ``loss`` cannot be computed from what it says. Reads no file."""
+        if isinstance(loss, FeatureLoss) and not self.has_layers:
+            raise ValueError("it looks at layers, and the teacher has none of its own. Name a frozen teacher")
+
+    def placed(self, folder: Path) -> TensorTeacherSpec:
+        """With ``folder``, that of the run for this teacher, as the place of its files, where it has any."""
+        return self
+
+    def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
+        """All that decides its signals but the rows; what stands in the recipe, and of files what is in them."""
+        own = self.model_dump(mode="json", exclude=set(self.manner))
+        members = {name: others[name].identity(others) for name in self.members()}
+        return own | ({"members": members} if members else {})
 
     @abstractmethod
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
@@ -225,7 +264,7 @@ class TensorTeacherSpec(Component):
 def parameters_run(teachers: Mapping[str, TensorTeacherSpec], name: str, student_parameters: int) -> int:
     """Parameters that work where teacher ``name`` is asked, those of its members included."""
     spec = teachers[name]
-    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.members())
+    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.made_of())
     return spec.num_parameters(student_parameters) + members
 
 

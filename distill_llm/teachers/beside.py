@@ -59,13 +59,9 @@ class ModelBeside:
         """The same, without logits yet."""
         import torch
 
-        from distill_llm.models.head import OutputHead
-
-        if self._head is None:
-            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
         home = batch["labels"].device
         with torch.no_grad():
-            said = self._head.read(self._model, self._brought(batch), reading)
+            said = self.head().read(self._model, self._brought(batch), reading)
             if home == self._device:
                 return said
             return replace(
@@ -76,6 +72,14 @@ class ModelBeside:
                 anchor=said.anchor.to(home),
                 features=_brought_home(said.features, home),
             )
+
+    def head(self) -> OutputHead:
+        """The model's own, which makes its logits of hidden states."""
+        from distill_llm.models.head import OutputHead
+
+        if self._head is None:
+            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
+        return self._head
 
     @property
     def _device(self) -> device:

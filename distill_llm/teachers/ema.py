@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -69,6 +69,7 @@ class Ema(TensorTeacherSpec):
     only noise between the two is the student's dropout.
     """
 
+    moves: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
     decay: float = Field(default=0.999, gt=0, lt=1, description="what is kept of the average at each step")
 

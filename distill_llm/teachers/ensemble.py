@@ -5,7 +5,7 @@ N supervised tokens, M of them, V vocabulary, D hidden size (of all members toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
@@ -18,6 +18,8 @@ from distill_llm.teachers.base import LazyTeacher, StudentFacts, TensorTeacher, 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, dtype
+
+    from distill_llm.core.sparse import SparseSignals
 
 Mean: TypeAlias = Literal["probabilities", "logits"]
 By: TypeAlias = Literal["fixed", "confidence"]
@@ -33,7 +35,7 @@ class EnsembleTeacher:
         self._mix: Mix = partial(mixed, weights=tuple(weights), mean=mean, by=by)
 
     def signals(self, batch: Batch) -> Signals:
-        said = [member.signals(batch).narrowed(self._width) for member in self._members]
+        said = [_all_words(member.signals(batch)).narrowed(self._width) for member in self._members]
         return replace(said[0], logits=self._mix([one.logits for one in said]))
 
     def lazy_signals(self, batch: Batch) -> LazySignals:
@@ -43,7 +45,7 @@ class EnsembleTeacher:
         """
         import torch
 
-        said = [_lazy(member, batch) for member in self._members]
+        said = [lazily(member, batch) for member in self._members]
         parts = [(one.make_logits, one.hidden.size(-1), one.hidden.dtype) for one in said]
         hidden = torch.cat([one.hidden for one in said], -1)  # in a type that holds each of theirs without a loss
         return replace(said[0], hidden=hidden, make_logits=partial(self._chunk, parts), weights=())
@@ -83,12 +85,13 @@ def mixed(
     return total
 
 
-def _lazy(member: TensorTeacher, batch: Batch) -> LazySignals:
+def lazily(member: TensorTeacher, batch: Batch) -> LazySignals:
+    """A teacher's lazy signals; where its logits cannot wait, they stand in place of its hidden states."""
     if isinstance(member, LazyTeacher):
         return member.lazy_signals(batch)
     from distill_llm.core.signals import tokens_of
 
-    said = member.signals(batch)
+    said = _all_words(member.signals(batch))
     by_target = said.targets.argsort(stable=True)  # the order of lazy tokens
     return LazySignals(
         tokens=tokens_of(batch),
@@ -98,6 +101,11 @@ def _lazy(member: TensorTeacher, batch: Batch) -> LazySignals:
         anchor=said.logits[:0].float().sum(),
         chunk_tokens=max(1, len(by_target)),
     )
+
+
+def _all_words(said: Signals | SparseSignals) -> Signals:
+    assert isinstance(said, Signals), "a recipe with such a member is refused"
+    return said
 
 
 def _as_it_is(logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
@@ -134,6 +142,14 @@ class Ensemble(TensorTeacherSpec):
 
     def members(self) -> tuple[str, ...]:
         return self.of
+
+    def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        for name in self.of:
+            if not others[name].gives_logits:
+                raise ValueError(
+                    f"{name} keeps some words of each token only, and cannot be mixed with others. Let the cache be "
+                    "of the ensemble, or keep `payload: {kind: last_hidden}`"
+                )
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         assert len(members) == len(self.of), "each of `of` is opened first"

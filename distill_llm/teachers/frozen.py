@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ class FrozenTeacher(ModelBeside):
 class Frozen(TensorTeacherSpec):
     """Sees the same input as the student, prefix included."""
 
+    has_head: ClassVar[bool] = True
     kind: Literal["frozen"] = "frozen"
     model: str = Field(min_length=1, description="Hub id or folder")
     revision: str = "main"
@@ -45,6 +46,13 @@ class Frozen(TensorTeacherSpec):
         device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
         model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
         return FrozenTeacher(model, student.width)
+
+    def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
+        from distill_llm.models.load import weights_of
+
+        own = super().identity(others)
+        del own["model"], own["revision"]
+        return own | {"weights": weights_of(self.model, self.revision, where=self._where)}
 
     def num_parameters(self, student_parameters: int) -> int:
         from distill_llm.models.load import count_parameters

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from distill_llm.cache.payload import Payload
 from distill_llm.core.answers import AnswerKind
 from distill_llm.core.component import Component, kinds
 from distill_llm.core.example import TARGETS, Example
@@ -32,9 +33,10 @@ BASES: dict[type[Component], str] = {
     TextTeacherSpec: "distill_llm.teachers",
     TensorTeacherSpec: "distill_llm.teachers",
     Scheme: "distill_llm.schemes",
+    Payload: "distill_llm.cache",
     Keep: "distill_llm.rationales",
 }
-ONE_A_FILE = (Loss, FeatureLoss, Task, TextTeacherSpec, TensorTeacherSpec, Scheme)
+ONE_A_FILE = (Loss, FeatureLoss, Task, TextTeacherSpec, TensorTeacherSpec, Scheme, Payload)
 
 COMPONENTS = [(base, kind, cls) for base, package in BASES.items() for kind, cls in kinds(base, package).items()]
 LOSSES, TASKS, KEEPS = (kinds(base, BASES[base]) for base in (Loss, Task, Keep))
@@ -50,6 +52,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
     "ensemble": {"of": ["a", "b"]},
+    "cached": {"of": "a"},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
 every_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())
