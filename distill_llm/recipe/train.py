@@ -36,6 +36,12 @@ class TrainSpec(Component):
         description="supervised tokens whose logits exist at once; auto: 128 MiB of them; 0: all, and those of the "
         "prompt and the padding too. The loss is the same but for rounding",
     )
+    packing: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="how rows of a batch share a pass. Encoder-decoder: each distinct input once, targets beside those "
+        "of about one length. Decoder-only: all rows in one, without padding (auto: where the attention gains by it). "
+        "never: padded to the longest. The loss is the same but for rounding",
+    )
     optimizer: Optimizer = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)

@@ -42,7 +42,8 @@ class Scheme(Component):
         if head is not None:
             student = head.read(model, batch)
             return [(student, _lazily(teachers, batch, objective, student))]
-        student = signals_of(forward(model, batch).outputs.logits, batch)
+        passed = forward(model, batch)
+        student = signals_of(passed.outputs.logits, batch, passed.at)
         said = {}
         for name, teacher in teachers.items():
             if not any(term.teacher == name for term in objective.terms):

@@ -39,7 +39,8 @@ class ModelBeside:
 
         near = self._brought(batch)
         with torch.no_grad():
-            said = signals_of(forward(self._model, near).outputs.logits[..., : self._width], near)
+            passed = forward(self._model, near)
+            said = signals_of(passed.outputs.logits[..., : self._width], near, passed.at)
         home = batch["labels"].device
         agreement = None if said.agreement is None else said.agreement.to(home)
         return Signals(said.logits.to(home), said.token_ids.to(home), said.targets.to(home), agreement)
