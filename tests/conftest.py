@@ -30,17 +30,30 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 _SHAPE_CHECKED = tuple(
-    f"distill_llm.{name}" for name in ("core.signals", "models.head", "losses", "objective", "data", "schemes")
+    f"distill_llm.{name}"
+    for name in (
+        "core.layout",
+        "core.signals",
+        "models.forward",
+        "models.head",
+        "losses",
+        "objective",
+        "data",
+        "schemes",
+    )
 )
 # Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
 _IN_ORDER = (
+    ("distill_llm.core.layout", ()),
     ("distill_llm.core.signals", ("Signals", "LazySignals")),
+    ("distill_llm.models.forward", ("Passed",)),
     ("distill_llm.models.head", ("OutputHead",)),
     ("distill_llm.losses.base", ()),
     ("distill_llm.losses", ()),
     ("distill_llm.objective", ("Objective",)),
     ("distill_llm.data.view", ("StudentView",)),
     ("distill_llm.data.rows", ("Row",)),
+    ("distill_llm.data.cuts", ("TokenCuts",)),
     ("distill_llm.data.sampler", ()),
     ("distill_llm.data.collate", ()),
     ("distill_llm.schemes.base", ()),
@@ -56,12 +69,15 @@ def _check_shapes() -> None:
     loses them again: a name that it truly forgot to import must still be a NameError in the tests.
     """
     from distill_llm.core.example import Example, Target, TeacherAnswer
-    from distill_llm.models.spec import Prefixes
+    from distill_llm.models.spec import Prefixes, PrefixSide
     from distill_llm.tasks.base import Task
 
     names: dict[str, Any] = {"Tensor": torch.Tensor, "TensorTeacher": Any}  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}
-    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {"Target": Target}
+    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {
+        "Target": Target,
+        "PrefixSide": PrefixSide,
+    }
     checked = set()
     with jaxtyping.install_import_hook(_SHAPE_CHECKED, "beartype.beartype"):
         for name, gives in _IN_ORDER:

@@ -55,7 +55,8 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed)
+    collator = collator_for(student, spec)
+    sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed, share_inputs=collator.part_tokens > 0)
     arguments = make_arguments(
         spec,
         checkpoints,
@@ -71,7 +72,7 @@ def make_trainer(
         args=arguments,
         rows=rows,
         step_sampler=sampler,
-        collator=collator_for(student, spec),
+        collator=collator,
         scheme=scheme,
         objective=objective,
         teachers=teachers,
