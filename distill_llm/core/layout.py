@@ -48,7 +48,7 @@ def parts_layout(
     """The layout of an encoder-decoder's batch: each distinct input once, and targets beside those of about one length.
 
     ``inputs`` is the column INPUT, which comes with the layout. A decoder's part has rows of one target; what it reads
-    of the encoder are places among those of all encoder parts, one behind the other. Empty where nothing would be gained.
+    of the encoder are places among those of all encoder parts, one behind the other. Empty where nothing is gained.
     """
     import torch
 

@@ -32,7 +32,7 @@ class _Load:
 class TokenCuts:
     """Micro-batches of up to ``limit`` tokens, padding included.
 
-    ``shared``: the rows of a run have one input, which counts once, and rows of each target are padded among themselves.
+    ``shared``: the rows of a run have one input, which counts once, and each target's rows are padded by themselves.
     Raises ConfigError where a row alone has more tokens.
     """
 
@@ -55,7 +55,7 @@ class TokenCuts:
                 yield [index for run in runs[start + rank : stop : self._ranks] for index in run]
 
     def _dealable(self, step: Sequence[Run]) -> list[Run]:
-        """Runs of which each rank can have as many, in each cut; for this, and where they are too large, some are split."""
+        """Runs of which each rank has as many in each cut. Some are split for it, and those that are too large."""
         runs: list[Run] = []
         for run in step:
             fits = len(run) == 1 or self._plus(_Load(), [run]).tokens <= self._limit

@@ -159,7 +159,8 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
         number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
     chosen = _mixed(rows, number)
     batch = {
-        name: column.to(student.model.device) for name, column in collator_for(student, recipe.train)(chosen).items()
+        name: column.to(student.model.device)
+        for name, column in collator_for(student, recipe.train.packing)(chosen).items()
     }
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
     _teachers_are_still(teachers, batch, diagnosis)

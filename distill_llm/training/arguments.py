@@ -59,8 +59,10 @@ def rows_per_batch(spec: TrainSpec) -> int:
 def make_sampler(
     rows: Sequence[Row], spec: TrainSpec, *, max_steps: int, seed: int, share_inputs: bool = False
 ) -> StepSampler:
-    """The micro-batches of one training; ``share_inputs``: the student reads an input once for several rows. Raises ConfigError where a step cannot be shared among the ranks, or a row is
-    larger than a micro-batch."""
+    """The micro-batches of one training; ``share_inputs``: the student reads an input once for several rows.
+
+    Raises ConfigError where a step cannot be shared among the ranks, or a row is larger than a micro-batch.
+    """
     return StepSampler(
         rows,
         rows_per_step=spec.rows_per_step,

@@ -20,7 +20,7 @@ from distill_llm.data.rows import Row
 from distill_llm.models.load import LoadedModel
 from distill_llm.models.packing import check_packing, gains_by_packing
 from distill_llm.objective import Objective
-from distill_llm.recipe.train import TrainSpec
+from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
@@ -55,7 +55,7 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    collator = collator_for(student, spec)
+    collator = collator_for(student, spec.packing)
     sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed, share_inputs=collator.part_tokens > 0)
     arguments = make_arguments(
         spec,
@@ -116,13 +116,13 @@ def fit(
     )
 
 
-def collator_for(student: LoadedModel, spec: TrainSpec) -> Collator:
+def collator_for(student: LoadedModel, packing: Packing = "auto") -> Collator:
     """Raises ConfigError where the recipe wants packing that the student does not know."""
     pad = student.tokenizer.pad_token_id
     if student.is_encoder_decoder:
-        part_tokens = 0 if spec.packing == "never" else part_tokens_for(student.model.device.type)
+        part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
         return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens)
-    packs = spec.packing == "always" or (spec.packing == "auto" and gains_by_packing(student.model))
+    packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
     if packs:
         check_packing(student.model)
     return Collator(pad, None, packs=packs)

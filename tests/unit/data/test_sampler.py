@@ -154,7 +154,9 @@ def test_rows_of_one_input_stay_together_where_it_is_read_once(rows_per_batch: i
         assert len(batch) == rows_per_batch
         assert set(Counter(map(_pairs, batch)).values()) == {2}
     share = 8 // rows_per_batch
-    together = [sorted(sum(batches[at : at + share], [])) for at in range(0, len(batches), share)]
+    together = [
+        sorted(index for batch in batches[at : at + share] for index in batch) for at in range(0, len(batches), share)
+    ]
     assert together == [sorted(step[0]) for step in _steps()], "the step has the rows that it would have otherwise"
     longest = [max(len(ROWS[index].label_ids) for index in batch) for batch in batches[:share]]
     assert ranks > 1 or longest == sorted(longest)
@@ -187,7 +189,9 @@ def test_a_shared_input_counts_once_in_the_limit_of_tokens(limit: int, ranks: in
     batches, share = list(sampler), sampler.micro_batches * ranks
     assert len(batches) == len(sampler) == 15 * share
     assert all(0 < _shared_tokens(batch) <= limit for batch in batches)
-    steps = [sorted(sum(batches[at : at + share], [])) for at in range(0, len(batches), share)]
+    steps = [
+        sorted(index for batch in batches[at : at + share] for index in batch) for at in range(0, len(batches), share)
+    ]
     assert steps == [sorted(step[0]) for step in _steps()]
     if limit == 60:
         assert sampler.micro_batches < _by_tokens(limit, ranks=ranks)[0].micro_batches
