@@ -33,6 +33,7 @@ _SHAPE_CHECKED = tuple(
     f"distill_llm.{name}"
     for name in (
         "core.features",
+        "core.layout",
         "core.signals",
         "core.sparse",
         "models.forward",
@@ -47,9 +48,10 @@ _SHAPE_CHECKED = tuple(
 # Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
 _IN_ORDER = (
     ("distill_llm.core.features", ("Features", "Reading", "Side", "Shape")),
+    ("distill_llm.core.layout", ()),
     ("distill_llm.core.signals", ("Signals", "LazySignals", "Batch")),
     ("distill_llm.core.sparse", ("SparseSignals",)),
-    ("distill_llm.models.forward", ("Heads",)),
+    ("distill_llm.models.forward", ("Passed", "Heads")),
     ("distill_llm.models.layers", ()),
     ("distill_llm.models.head", ("OutputHead",)),
     ("distill_llm.losses.base", ()),
@@ -58,6 +60,7 @@ _IN_ORDER = (
     ("distill_llm.objective", ("Objective",)),
     ("distill_llm.data.view", ("StudentView",)),
     ("distill_llm.data.rows", ("Row",)),
+    ("distill_llm.data.cuts", ("TokenCuts",)),
     ("distill_llm.data.sampler", ()),
     ("distill_llm.data.collate", ()),
     ("distill_llm.schemes.base", ()),
@@ -73,7 +76,7 @@ def _check_shapes() -> None:
     loses them again: a name that it truly forgot to import must still be a NameError in the tests.
     """
     from distill_llm.core.example import Example, Target, TeacherAnswer
-    from distill_llm.models.spec import Prefixes
+    from distill_llm.models.spec import Prefixes, PrefixSide
     from distill_llm.tasks.base import Task
 
     names: dict[str, Any] = {
@@ -82,7 +85,10 @@ def _check_shapes() -> None:
         "device": torch.device,
     }  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}
-    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {"Target": Target}
+    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {
+        "Target": Target,
+        "PrefixSide": PrefixSide,
+    }
     checked = set()
     with jaxtyping.install_import_hook(_SHAPE_CHECKED, "beartype.beartype"):
         for name, gives in _IN_ORDER:

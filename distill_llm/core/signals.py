@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.example import TARGETS
 from distill_llm.core.features import Features, Side
+from distill_llm.core.layout import INPUT, PACKED, is_layout, packed_layout, part_tokens_for, parts_layout
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -23,7 +24,11 @@ Batch = dict[str, Any]
 [B, T] too where the model is an encoder-decoder."""
 
 IGNORE_INDEX = -100
-_BOOKKEEPING = ("labels", "targets", "agreement", "keys")
+_BOOKKEEPING = ("labels", "targets", "agreement", "keys", INPUT)
+
+
+At = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""Takes what a model gave back for a batch, rows and columns, and gives what belongs to these tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +126,12 @@ def aligned_labels(batch: Batch) -> Int[Tensor, "B T"]:
     return batch["labels"] if "decoder_input_ids" in batch else batch["labels"][:, 1:]
 
 
-def signals_of(logits: Float[Tensor, "B T V"], batch: Batch) -> Signals:
-    """The supervised tokens of a forward pass."""
+def signals_of(logits: Float[Tensor, "B T V"], batch: Batch, at: At | None = None) -> Signals:
+    """The supervised tokens of a pass; ``at`` finds their logits where these are not laid out like the batch."""
     labels = aligned_labels(batch)
     keep = labels != IGNORE_INDEX
     return Signals(
-        logits=logits[:, : labels.size(1)][keep],
+        logits=logits[:, : labels.size(1)][keep] if at is None else at(logits, *keep.nonzero(as_tuple=True)),
         token_ids=labels[keep],
         targets=batch["targets"][:, None].expand_as(labels)[keep],
         agreement=batch["agreement"][:, None].expand_as(labels)[keep] if "agreement" in batch else None,
@@ -171,18 +176,46 @@ def input_tokens_of(batch: Batch) -> Tokens:
 
 def model_inputs(batch: Batch) -> Batch:
     """What a model's forward takes: no labels (losses are ours) and no bookkeeping columns."""
-    return {name: column for name, column in batch.items() if name not in _BOOKKEEPING}
+    return {name: column for name, column in batch.items() if name not in _BOOKKEEPING and not is_layout(name)}
 
 
 def select_rows(batch: Batch, keep: Bool[Tensor, " B"]) -> Batch:
     """The rows of ``keep``, without the columns that are padding in all of them."""
     if bool(keep.all()):
         return batch
-    part = {name: column[keep] for name, column in batch.items()}
+    part = {name: column[keep] for name, column in batch.items() if not is_layout(name)}
     if "decoder_input_ids" in part:
         part = _trim(part, ("labels", "decoder_input_ids"), part["labels"] != IGNORE_INDEX)
-        return _trim(part, ("input_ids", "attention_mask"), part["attention_mask"].bool())
-    return _trim(part, ("input_ids", "attention_mask", "labels"), part["attention_mask"].bool())
+        part = _trim(part, ("input_ids", "attention_mask"), part["attention_mask"].bool())
+    else:
+        part = _trim(part, ("input_ids", "attention_mask", "labels"), part["attention_mask"].bool())
+    return _laid_out(part, packs=PACKED in batch) if len(part["labels"]) else part
+
+
+def _laid_out(batch: Batch, *, packs: bool) -> Batch:
+    """With a layout of its own, where the batch that it is a part of had one."""
+    if not packs and INPUT not in batch:
+        return batch
+    device, lengths = batch["labels"].device, batch["attention_mask"].sum(1).tolist()
+    if packs:
+        columns = packed_layout(lengths)
+    else:
+        first: dict[int, int] = {}
+        columns = parts_layout(
+            [first.setdefault(number, row) for row, number in enumerate(batch.pop(INPUT).tolist())],
+            lengths,
+            _last(batch["labels"] != IGNORE_INDEX).tolist(),
+            batch["targets"].tolist(),
+            part_tokens=part_tokens_for(device.type),
+        )
+    return batch | {name: column.to(device) for name, column in columns.items()}
+
+
+def _last(used: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """One more than the last used position of each row."""
+    import torch
+
+    return (used * torch.arange(1, used.size(1) + 1, device=used.device)).amax(1)
 
 
 def _trim(batch: Batch, names: tuple[str, ...], used: Bool[Tensor, "B T"]) -> Batch:

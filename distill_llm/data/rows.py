@@ -24,7 +24,8 @@ _WHOSE: Mapping[LabelSource, str] = {"gold": "gold", "teacher": "teacher's", "go
 class Row:
     """``example`` is the example's place in the split; ``label_ids`` end with the end-of-sequence token.
 
-    ``agreement`` is that of the teacher's votes on the example; 1 where it had none.
+    ``agreement`` is that of the teacher's votes on the example; 1 where it had none. ``prefix_ids`` are what the
+    decoder reads before it writes ``label_ids``; no term looks at them.
     """
 
     example: int
@@ -32,16 +33,21 @@ class Row:
     input_ids: Sequence[int]
     label_ids: Sequence[int]
     agreement: float = 1.0
+    prefix_ids: Sequence[int] = ()
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids) + len(self.label_ids)
+        return len(self.input_ids) + self.num_target_tokens
+
+    @property
+    def num_target_tokens(self) -> int:
+        return len(self.prefix_ids) + len(self.label_ids)
 
     @property
     def key(self) -> int:
         """63 bits of all that a model beside the student may see of the row; equal rows have equal keys."""
-        lengths = array("q", [len(self.input_ids), len(self.label_ids)])
-        content = array("q", [*lengths, *self.input_ids, *self.label_ids]).tobytes()
+        parts = (self.input_ids, self.prefix_ids, self.label_ids)
+        content = array("q", [*map(len, parts), *(token for ids in parts for token in ids)]).tobytes()
         digest = hashlib.blake2b(self.target.encode() + content, digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
@@ -99,9 +105,10 @@ def build_rows(
         inputs_cut += cut
         labels, cut = view.targets(texts)
         targets_cut += cut
+        prefix = tuple(view.decoder_prefix(target))
         agreed = [answers[id].agreement if (id := examples[index].id) in answers else 1.0 for index in owners]
         parts = zip(owners, inputs, labels, agreed, strict=True)
-        found += [Row(i, target, ids, label, agreement) for i, ids, label, agreement in parts]
+        found += [Row(i, target, ids, label, agreement, prefix) for i, ids, label, agreement in parts]
     found.sort(key=lambda row: row.example)
     return RowSet(tuple(found), inputs_cut, targets_cut)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from distill_llm.core.errors import ConfigError
+from distill_llm.data.cuts import Run, TokenCuts
 
 if TYPE_CHECKING:
     from distill_llm.data.rows import Row
@@ -20,7 +21,9 @@ class StepSampler:
     every target. Epochs follow each other without a gap. Within a step, rows are sorted by target and length before
     they are cut into micro-batches, so that little padding is bought; the step's update does not depend on the cut,
     because each term is divided by its tokens over the whole step. Consecutive micro-batches go to different ranks:
-    they are dealt from the same rows, so that no rank gets all the long ones.
+    they are dealt from the same rows, so that no rank gets all the long ones. With ``share_inputs`` rows of one example
+    and one input are a run, which is sorted by its longest target and stays whole, but for the edges: an encoder reads
+    the input once for all of them.
 
     Micro-batches have ``rows_per_batch`` rows each; or, with ``tokens_per_batch``, up to so many tokens, padding
     included, and ``rows_per_batch`` is not looked at. Then ``micro_batches`` is what the step with the most tokens
@@ -38,22 +41,28 @@ class StepSampler:
         seed: int,
         ranks: int = 1,
         tokens_per_batch: int = 0,
+        share_inputs: bool = False,
     ):
         assert rows_per_step % (ranks if tokens_per_batch else rows_per_batch * ranks) == 0
         self._rows = rows
         self._rows_per_step, self._rows_per_batch = rows_per_step, rows_per_batch
         self._max_steps, self._seed, self._ranks = max_steps, seed, ranks
-        self._tokens_per_batch = tokens_per_batch
-        self.micro_batches = self._most_cuts() if tokens_per_batch else rows_per_step // (rows_per_batch * ranks)
+        self._inputs: dict[int, object] = {}
+        if share_inputs:
+            self._inputs = {index: (row.example, tuple(row.input_ids)) for index, row in enumerate(rows)}
+        self._cuts: TokenCuts | None = None
+        if tokens_per_batch:
+            steps = map(self._runs, self._steps())
+            self._cuts = TokenCuts(rows, limit=tokens_per_batch, ranks=ranks, shared=share_inputs, steps=steps)
+        self.micro_batches = self._cuts.count if self._cuts else rows_per_step // (rows_per_batch * ranks)
 
     def __len__(self) -> int:
         return self._max_steps * self.micro_batches * self._ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps():
-            for start, stop in self._evenly(step) if self._tokens_per_batch else self._by_rows():
-                for rank in range(self._ranks):
-                    yield step[start + rank : stop : self._ranks]
+            runs = self._runs(step)
+            yield from self._by_rows(runs) if self._cuts is None else self._cuts.of(runs)
 
     def tokens_until(self, step: int) -> int:
         """Tokens, of inputs and targets, of the rows that the first steps see."""
@@ -62,48 +71,32 @@ class StepSampler:
     def _steps(self) -> Iterator[list[int]]:
         stream = self._stream()
         for _ in range(self._max_steps):
-            yield sorted(islice(stream, self._rows_per_step), key=self._size)
+            yield list(islice(stream, self._rows_per_step))
 
-    def _by_rows(self) -> list[tuple[int, int]]:
+    def _runs(self, step: Sequence[int]) -> list[Run]:
+        """The rows of a step, sorted; each is a run of its own where no input is shared."""
+        found: dict[object, list[int]] = {}
+        for place, index in enumerate(step):
+            found.setdefault(self._inputs.get(index, place), []).append(index)
+        return sorted((tuple(run) for run in found.values()), key=lambda run: max(map(self._size, run)))
+
+    def _by_rows(self, runs: Sequence[Run]) -> Iterator[list[int]]:
         together = self._rows_per_batch * self._ranks
-        return [(start, start + together) for start in range(0, self._rows_per_step, together)]
+        step = [(index, number) for number, run in enumerate(runs) for index in run]
+        for start in range(0, len(step), together):
+            yield from self._dealt(step[start : start + together])
 
-    def _most_cuts(self) -> int:
-        longest = max((row.num_tokens for row in self._rows), default=0)
-        if longest > self._tokens_per_batch:
-            raise ConfigError(
-                f"train.tokens_per_batch: a row has {longest:,} tokens, which is more than {self._tokens_per_batch:,}. "
-                f"Choose at least {longest:,}, or cut rows with `train.max_input_tokens` and `train.max_target_tokens`."
-            )
-        return max(len(self._by_tokens(step)) for step in self._steps())
-
-    def _by_tokens(self, step: Sequence[int]) -> list[tuple[int, int]]:
-        """The fewest cuts (first row, last row + 1) that keep to the limit; each rank gets a row of each."""
-        cuts, start = [], 0
-        inputs = labels = 0
-        for stop in range(self._ranks, len(step) + 1, self._ranks):
-            new = [self._rows[index] for index in step[stop - self._ranks : stop]]
-            wide, long = max(len(row.input_ids) for row in new), max(len(row.label_ids) for row in new)
-            inputs, labels = max(inputs, wide), max(labels, long)
-            last = stop - self._ranks
-            if last > start and (stop - start) // self._ranks * (inputs + labels) > self._tokens_per_batch:
-                cuts.append((start, last))
-                start, inputs, labels = last, wide, long
-        return [*cuts, (start, len(step))]
-
-    def _evenly(self, step: Sequence[int]) -> list[tuple[int, int]]:
-        """As many cuts as the other steps have."""
-        cuts = self._by_tokens(step)
-        while len(cuts) < self.micro_batches:
-            start, stop = max(cuts, key=lambda cut: (cut[1] - cut[0] > self._ranks, self._padded(step, *cut)))
-            middle = start + (stop - start) // self._ranks // 2 * self._ranks
-            at = cuts.index((start, stop))
-            cuts[at : at + 1] = [(start, middle), (middle, stop)]
-        return cuts
-
-    def _padded(self, step: Sequence[int], start: int, stop: int) -> int:
-        rows = [self._rows[index] for index in step[start:stop]]
-        return len(rows) * (max(len(row.input_ids) for row in rows) + max(len(row.label_ids) for row in rows))
+    def _dealt(self, window: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """As many rows to each rank; ``window`` has rows with the number of their run."""
+        shares: list[list[int]] = [[] for _ in range(self._ranks)]
+        for _, group in groupby(window, key=itemgetter(1)):
+            run = [index for index, _ in group]
+            while run:
+                share = min(shares, key=len)
+                room = self._rows_per_batch - len(share)
+                share += run[:room]
+                run = run[room:]
+        return shares
 
     def _stream(self) -> Iterator[int]:
         by_example: dict[int, list[int]] = {}
@@ -119,4 +112,4 @@ class StepSampler:
 
     def _size(self, index: int) -> tuple[str, int, int]:
         row = self._rows[index]
-        return row.target, len(row.label_ids), len(row.input_ids)
+        return row.target, row.num_target_tokens, len(row.input_ids)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Target
-    from distill_llm.models.spec import Prefixes
+    from distill_llm.models.spec import Prefixes, PrefixSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +21,31 @@ class StudentView:
     chat: bool
     max_input_tokens: int
     max_target_tokens: int
+    prefix_side: PrefixSide = "encoder"
 
     def inputs(self, texts: Sequence[str], target: Target) -> tuple[list[list[int]], int]:
-        """Token ids of each input with the target's prefix, and how many of them had to be cut."""
-        rendered = [self._render(self.prefixes.of(target) + text) for text in texts]
+        """Token ids of each input, with its prefix on the encoder's side, and how many of them had to be cut."""
+        prefix = self.prefixes.of(target) if self.prefix_side == "encoder" else ""
+        rendered = [self._render(prefix + text) for text in texts]
         encoded = self._encode(rendered, special=not self.chat)
         if not self.is_encoder_decoder:
             encoded = [self._without_end(ids) for ids in encoded]
         cut = sum(len(ids) > self.max_input_tokens for ids in encoded)
         return [self._cut_input(ids) for ids in encoded], cut
 
+    def decoder_prefix(self, target: Target) -> list[int]:
+        """Token ids that the decoder reads before it writes, behind its start token; none with the encoder's side."""
+        if self.prefix_side == "encoder":
+            return []
+        return self._without_end(self._encode([self.prefixes.of(target).rstrip()], special=True)[0])
+
     def targets(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids of each target with the end-of-sequence token, and how many of them had to be cut."""
         end, room = self.tokenizer.eos_token_id, self.max_target_tokens - 1
         bodies = [self._without_end(ids) for ids in self._encode(texts, special=self.is_encoder_decoder)]
+        if self.prefix_side == "decoder":
+            first = len(self._without_end(self._encode([""], special=True)[0]))  # BART's `<s>`: before the prefix
+            bodies = [ids[first:] for ids in bodies]
         cut = sum(len(ids) > room for ids in bodies)
         return [[*ids, end] if len(ids) <= room else ids[: room + 1] for ids in bodies], cut
 

@@ -54,7 +54,8 @@ def predict(
     name: str,
 ) -> Predictions:
     """Greedy answers, in batches of about one length."""
-    generator = Generator(model, view.tokenizer, max_new_tokens=max_new_tokens)
+    prefix = view.decoder_prefix(target)
+    generator = Generator(model, view.tokenizer, max_new_tokens=max_new_tokens, decoder_prefix=prefix)
     inputs, _ = view.inputs([example.input for example in examples], target)
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     texts = [""] * len(inputs)

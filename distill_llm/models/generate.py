@@ -66,6 +66,7 @@ class Generator:
 
     At a higher one each row is drawn with the random numbers of its own key, so that a text does not depend on the
     batch that it is written in. The model's list of end tokens holds; its penalties and its sampling do not.
+    ``decoder_prefix``: what an encoder-decoder's decoder reads behind its start token, before it writes.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Generator:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        decoder_prefix: Sequence[int] = (),
     ):
         self._model, self._tokenizer, self._stop = model, tokenizer, tuple(stop)
         self._sampling = {"temperature": temperature, "top_p": top_p, "steps": max_new_tokens}
@@ -85,6 +87,7 @@ class Generator:
         self._chooses = temperature > 0 or top_logprobs > 0
         self._max_new_tokens = max_new_tokens
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._decoder_prefix = tuple(decoder_prefix)
         self._ends = _end_tokens(model, tokenizer)
         self._plain_cache = has_plain_cache(model)
         self._prefix: SharedPrefix | None = None
@@ -148,7 +151,7 @@ class Generator:
 
     def _continue(self, inputs: dict[str, Any], draws: Sequence[str], rows: int) -> _Run:
         """Writes until all rows have ended; those that have are dropped now and then, as they would cost as much."""
-        start = 1 if self._model.config.is_encoder_decoder else inputs["input_ids"].size(1)
+        start = inputs["decoder_input_ids" if self._model.config.is_encoder_decoder else "input_ids"].size(1)
         chooser = TokenChooser(draws, **self._sampling) if self._chooses else None
         stops = StopTexts(self._tokenizer, self._stop, start=start, rows=rows) if self._stop else None
         run = _Run(rows, start, self._max_new_tokens, self._ends, chooser, stops)
@@ -213,7 +216,12 @@ class Generator:
             found = self._model.get_encoder()(**part).last_hidden_state
             states.append(pad(found, (0, 0, 0, width - found.size(1))))
         outputs = BaseModelOutput(last_hidden_state=torch.cat(states)[rows])
-        return {"encoder_outputs": outputs, "attention_mask": padded["attention_mask"][rows]}
+        begin = [self._model.config.decoder_start_token_id, *self._decoder_prefix]
+        return {
+            "encoder_outputs": outputs,
+            "attention_mask": padded["attention_mask"][rows],
+            "decoder_input_ids": padded["input_ids"].new_tensor(begin).expand(len(rows), -1),
+        }
 
     def _padded(self, prompts: Sequence[Sequence[int]], *, left: bool) -> dict[str, Any]:
         import torch

@@ -75,7 +75,7 @@ class OutputHead:
         with self._catching() as caught:
             passed = forward(model, batch, reading)
         logits = passed.outputs.logits
-        self._check(caught, logits, batch)
+        self._check(caught, logits, passed.shape)
         assert caught.hidden is not None
         weights = self._gathered(model)
         return LazySignals(
@@ -123,15 +123,14 @@ class OutputHead:
             for hook in hooks:
                 hook.remove()
 
-    def _check(self, caught: _Caught, logits: Tensor, batch: Batch) -> None:
+    def _check(self, caught: _Caught, logits: Tensor, shape: tuple[int, int]) -> None:
         """Once for each model: are its logits what we would make of the head's?"""
         if self._checked:
             return
-        shape = batch.get("decoder_input_ids", batch["input_ids"]).shape
         if caught.calls != 1 or caught.hidden is None or caught.logits is None or caught.hidden.shape[:2] != shape:
             raise ConfigError(
                 f"{self._where} uses its output head in an unknown way ({caught.calls} calls in a forward pass; "
-                f"expected one, with hidden states of {tuple(shape)} tokens). {_INSTEAD}"
+                f"expected one, with hidden states of {shape} tokens). {_INSTEAD}"
             )
         with torch.no_grad(), _autocast(caught.autocast):
             expected = self._finished(caught.logits).float()

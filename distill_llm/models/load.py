@@ -59,9 +59,14 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
 def check_student(spec: StudentSpec, *, where: str = "student") -> None:
     """Raises ConfigError where the student's model or tokenizer cannot be had. Loads no weights."""
     if spec.config:
-        _config_class(spec.config, f"{where}.config")
+        is_encoder_decoder = bool(getattr(_config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
     else:
-        read_config(spec.model, spec.revision, where=f"{where}.model")
+        is_encoder_decoder = bool(read_config(spec.model, spec.revision, where=f"{where}.model").is_encoder_decoder)
+    if spec.prefix_side == "decoder" and not is_encoder_decoder:
+        raise ConfigError(
+            f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
+            "side. Remove `prefix_side`."
+        )
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)
 

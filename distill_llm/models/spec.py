@@ -37,7 +37,9 @@ class Prefixes(Component):
 
     @model_validator(mode="after")
     def _distinct(self) -> Prefixes:
-        if len({self.label, self.rationale, self.rationale_then_label}) < len(type(self).model_fields):
+        if len({text.rstrip() for text in (self.label, self.rationale, self.rationale_then_label)}) < len(
+            type(self).model_fields
+        ):
             raise ValueError("two targets have the same prefix: the student could not tell them apart")
         return self
 
@@ -45,6 +47,7 @@ class Prefixes(Component):
         return getattr(self, target)
 
 
+PrefixSide = Literal["encoder", "decoder"]
 HubConfig: TypeAlias = dict[str, JsonValue]
 """A Hugging Face model config: open by nature, checked against the config class of its ``model_type``."""
 
@@ -60,6 +63,11 @@ class StudentSpec(Component):
     )
     lora: LoraSpec | None = Field(default=None, description="absent: all weights are trained")
     prefixes: Prefixes = Prefixes()
+    prefix_side: PrefixSide = Field(
+        default="encoder",
+        description="decoder: the prefix begins what the decoder reads, so that one pass of the encoder serves all "
+        "targets of an example; encoder-decoder students only",
+    )
     chat: bool = Field(default=False, description="wrap the input in the tokenizer's chat template")
 
     @model_validator(mode="after")
@@ -77,4 +85,6 @@ class StudentSpec(Component):
             raise ValueError(
                 "a fresh model needs a `tokenizer`: a Hub id, a folder, or one to be trained ({kind: words})"
             )
+        if self.prefix_side == "decoder" and self.chat:
+            raise ValueError("`prefix_side: decoder` is for encoder-decoder students, `chat` for decoder-only ones")
         return self

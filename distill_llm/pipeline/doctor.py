@@ -160,7 +160,10 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     if recipe.train.tokens_per_batch:
         number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
     chosen = _mixed(rows, number)
-    batch = {name: column.to(student.model.device) for name, column in collator_for(student)(chosen).items()}
+    batch = {
+        name: column.to(student.model.device)
+        for name, column in collator_for(student, recipe.train.packing)(chosen).items()
+    }
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
     _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
@@ -310,9 +313,14 @@ def _marked(batch: Batch, row: int, tokenizer: Any) -> str:
     inputs = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
     labels = batch["labels"][row]
     supervised = labels[labels != IGNORE_INDEX].tolist()
+    prefix: list[int] = []
     if "decoder_input_ids" not in batch:
         inputs = inputs[: len(inputs) - len(supervised)]
-    return f"{tokenizer.decode(inputs)}  ->  {_bars(supervised, tokenizer)}"
+    else:
+        begin = int((labels != IGNORE_INDEX).int().argmax())
+        prefix = batch["decoder_input_ids"][row][1 : begin + 1].tolist()
+    written = f"{tokenizer.decode(prefix)} {_bars(supervised, tokenizer)}".lstrip()
+    return f"{tokenizer.decode(inputs)}  ->  {written}"
 
 
 def _bars(ids: Sequence[int], tokenizer: Any) -> str:

@@ -51,6 +51,7 @@ def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> St
         chat=recipe.student.chat,
         max_input_tokens=recipe.train.max_input_tokens,
         max_target_tokens=recipe.train.max_target_tokens,
+        prefix_side=recipe.student.prefix_side,
     )
 
 

@@ -10,6 +10,7 @@ from distill_llm.core.component import Component
 from distill_llm.core.example import Target
 
 Optimizer = Literal["adamw", "adafactor"]
+Packing = Literal["auto", "always", "never"]
 
 
 class TrainSpec(Component):
@@ -35,6 +36,12 @@ class TrainSpec(Component):
         default="auto",
         description="supervised tokens whose logits exist at once; auto: 128 MiB of them; 0: all, and those of the "
         "prompt and the padding too. The loss is the same but for rounding",
+    )
+    packing: Packing = Field(
+        default="auto",
+        description="how rows of a batch share a pass. Encoder-decoder: each distinct input once, targets beside those "
+        "of about one length. Decoder-only: all rows in one, without padding (auto: where the attention gains by it). "
+        "never: padded to the longest. The loss is the same but for rounding",
     )
     optimizer: Optimizer = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"

@@ -48,7 +48,7 @@ class Scheme(Component):
             student = head.read(model, batch, reading)
             return [(student, _lazily(teachers, batch, objective, student))]
         passed = forward(model, batch, reading)
-        student = signals_of(passed.outputs.logits, batch)
+        student = signals_of(passed.outputs.logits, batch, passed.at)
         if reading:
             from distill_llm.models.layers import heads_of
 

@@ -48,7 +48,7 @@ class ModelBeside:
         near = self._brought(batch)
         with torch.no_grad():
             passed = forward(self._model, near, reading)
-            said = signals_of(passed.outputs.logits[..., : self._width], near)
+            said = signals_of(passed.outputs.logits[..., : self._width], near, passed.at)
             features = passed.features(near, reading, {}) if reading else {}
         home = batch["labels"].device
         agreement = None if said.agreement is None else said.agreement.to(home)

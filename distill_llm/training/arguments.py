@@ -56,9 +56,13 @@ def rows_per_batch(spec: TrainSpec) -> int:
     return next(rows for rows in range(min(spec.rows_per_batch, part), 0, -1) if part % rows == 0)
 
 
-def make_sampler(rows: Sequence[Row], spec: TrainSpec, *, max_steps: int, seed: int) -> StepSampler:
-    """The micro-batches of one training. Raises ConfigError where a step cannot be shared among the ranks, or a row is
-    larger than a micro-batch."""
+def make_sampler(
+    rows: Sequence[Row], spec: TrainSpec, *, max_steps: int, seed: int, share_inputs: bool = False
+) -> StepSampler:
+    """The micro-batches of one training; ``share_inputs``: the student reads an input once for several rows.
+
+    Raises ConfigError where a step cannot be shared among the ranks, or a row is larger than a micro-batch.
+    """
     return StepSampler(
         rows,
         rows_per_step=spec.rows_per_step,
@@ -67,6 +71,7 @@ def make_sampler(rows: Sequence[Row], spec: TrainSpec, *, max_steps: int, seed: 
         seed=seed,
         ranks=world_size(),
         tokens_per_batch=spec.tokens_per_batch,
+        share_inputs=share_inputs,
     )
 
 

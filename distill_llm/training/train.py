@@ -12,13 +12,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
 from distill_llm.core.files import storage
+from distill_llm.core.layout import part_tokens_for
 from distill_llm.core.processes import is_main_process
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.models.load import LoadedModel
+from distill_llm.models.packing import check_packing, gains_by_packing
 from distill_llm.objective import Objective
-from distill_llm.recipe.train import TrainSpec
+from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
@@ -53,7 +55,8 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed)
+    collator = collator_for(student, spec.packing)
+    sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed, share_inputs=collator.part_tokens > 0)
     arguments = make_arguments(
         spec,
         checkpoints,
@@ -69,7 +72,7 @@ def make_trainer(
         args=arguments,
         rows=rows,
         step_sampler=sampler,
-        collator=collator_for(student),
+        collator=collator,
         scheme=scheme,
         objective=objective,
         teachers=teachers,
@@ -113,9 +116,16 @@ def fit(
     )
 
 
-def collator_for(student: LoadedModel) -> Collator:
-    start = student.model.config.decoder_start_token_id if student.is_encoder_decoder else None
-    return Collator(student.tokenizer.pad_token_id, start)
+def collator_for(student: LoadedModel, packing: Packing = "auto") -> Collator:
+    """Raises ConfigError where the recipe wants packing that the student does not know."""
+    pad = student.tokenizer.pad_token_id
+    if student.is_encoder_decoder:
+        part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
+        return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens)
+    packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
+    if packs:
+        check_packing(student.model)
+    return Collator(pad, None, packs=packs)
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:

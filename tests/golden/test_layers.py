@@ -252,17 +252,25 @@ def _prepared(student: LoadedModel, teacher: LoadedModel, objective: Objective) 
     return frozen
 
 
-def _collator(student: LoadedModel) -> Collator:
-    start = student.model.config.decoder_start_token_id if student.is_encoder_decoder else None
-    return Collator(0, start)
+def _collator(student: LoadedModel, *, laid_out: bool = False) -> Collator:
+    """``laid_out``: in parts that read each input once, or packed."""
+    if student.is_encoder_decoder:
+        return Collator(0, student.model.config.decoder_start_token_id, part_tokens=12 if laid_out else 0)
+    return Collator(0, None, packs=laid_out)
 
 
 def _update(
-    student: LoadedModel, frozen: FrozenTeacher, objective: Objective, cuts: list[list[Row]], *, chunked: bool
+    student: LoadedModel,
+    frozen: FrozenTeacher,
+    objective: Objective,
+    cuts: list[list[Row]],
+    *,
+    chunked: bool,
+    laid_out: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Gradients of one step."""
     model = copy.deepcopy(student.model).eval()
-    collate = _collator(student)
+    collate = _collator(student, laid_out=laid_out)
     whole = collate(ROWS)
     head = OutputHead(model, chunk_tokens=2) if chunked else None
     for rows in cuts:
@@ -286,10 +294,16 @@ def test_gradients_do_not_depend_on_the_cut_nor_on_chunks(
     frozen = _prepared(student, teacher, objective)
     assert set(heads_of(student.model)) == (set() if width == "same" else _headed(student))
     first = _update(student, frozen, objective, CUTS[0], chunked=False)
+    flat = Objective([term for term in objective.terms if not isinstance(term.loss, AttentionMap)])
+    plain = _update(student, frozen, flat, CUTS[0], chunked=False)
+    for cuts in CUTS:  # no attention is read, so that the batches go through as they are laid out
+        other = _update(student, frozen, flat, cuts, chunked=True, laid_out=True)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(other[name], gradient, atol=3e-6, rtol=1e-3, msg=name)
     assert any("hint_heads" in name for name in first) == (width == "other")
     for cuts in CUTS:
         for chunked in (False, True):
-            other = _update(student, frozen, objective, cuts, chunked=chunked)
+            other = _update(student, frozen, objective, cuts, chunked=chunked, laid_out=chunked)
             assert other.keys() == first.keys()
             for name, gradient in first.items():
                 torch.testing.assert_close(other[name], gradient, atol=3e-6, rtol=1e-3, msg=name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from distill_llm.core.errors import DataError
 from distill_llm.core.example import Example, TeacherAnswer
+from distill_llm.data.collate import Collator
 from distill_llm.data.rows import RowSet, build_rows, target_texts
 from distill_llm.data.view import StudentView
 from distill_llm.models.spec import Prefixes
@@ -189,3 +191,34 @@ def test_prefixes_must_differ() -> None:
 def test_no_text_no_row(tiny_t5: Callable[..., LoadedModel]) -> None:
     assert _view(tiny_t5()).inputs([], "label") == ([], 0)
     assert _view(tiny_t5()).targets([]) == ([], 0)
+
+
+def test_a_prefix_on_the_decoders_side_leaves_one_input_for_all_targets(tiny_t5: Callable[..., LoadedModel]) -> None:
+    model = tiny_t5()
+    rows = _rows(model, view=_view(model, prefix_side="decoder"), targets=("label", "rationale")).rows
+    decode = model.tokenizer.decode
+    assert [(decode(row.input_ids), decode(row.prefix_ids), decode(row.label_ids)) for row in rows[:2]] == [
+        ("who pays more ?", "predict :", "ann </s>"),
+        ("who pays more ?", "explain :", "ann pays 2 . </s>"),
+    ]
+    assert len({tuple(row.input_ids) for row in rows[:3]}) == 1
+    assert rows[0].num_tokens == len(rows[0].input_ids) + 2 + 2
+    batch = Collator(0, 0)(rows[:2])
+    assert decode(batch["decoder_input_ids"][1]) == "<pad> explain : ann pays 2 ."
+    assert batch["labels"][1].tolist() == [-100, -100, *rows[1].label_ids]
+    assert _view(model).decoder_prefix("label") == []
+
+
+def test_what_begins_every_text_stands_before_the_prefix(tiny_t5: Callable[..., LoadedModel]) -> None:
+    """BART's `<s>`: the decoder reads it once, where it did in pretraining."""
+    model = tiny_t5()
+    tokenizer = model.tokenizer
+    first, last = tokenizer.convert_tokens_to_ids(["?", "</s>"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="? $A </s>", special_tokens=[("?", first), ("</s>", last)]
+    )
+    view = _view(model, prefix_side="decoder")
+    predict, colon, ann = tokenizer.convert_tokens_to_ids(["predict", ":", "ann"])
+    assert view.decoder_prefix("label") == [first, predict, colon]
+    assert view.targets(["ann"])[0] == [[ann, last]]
+    assert _view(model).targets(["ann"])[0] == [[first, ann, last]]

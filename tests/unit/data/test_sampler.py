@@ -139,3 +139,59 @@ def test_tokens_seen_do_not_depend_on_the_cut() -> None:
     whole = StepSampler(ROWS, rows_per_step=8, rows_per_batch=8, max_steps=15, seed=1)
     assert _by_tokens(40)[0].tokens_until(7) == whole.tokens_until(7)
     assert whole.tokens_until(5) == sum(row.num_tokens for row in ROWS), "five steps are an epoch"
+
+
+def _pairs(index: int) -> tuple[int, tuple[int, ...]]:
+    return ROWS[index].example, tuple(ROWS[index].input_ids)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("rows_per_batch", [2, 4])
+def test_rows_of_one_input_stay_together_where_it_is_read_once(rows_per_batch: int, ranks: int) -> None:
+    options = {"rows_per_step": 8, "rows_per_batch": rows_per_batch, "max_steps": 15, "seed": 1, "ranks": ranks}
+    batches = list(StepSampler(ROWS, share_inputs=True, **options))
+    for batch in batches:
+        assert len(batch) == rows_per_batch
+        assert set(Counter(map(_pairs, batch)).values()) == {2}
+    share = 8 // rows_per_batch
+    together = [
+        sorted(index for batch in batches[at : at + share] for index in batch) for at in range(0, len(batches), share)
+    ]
+    assert together == [sorted(step[0]) for step in _steps()], "the step has the rows that it would have otherwise"
+    longest = [max(len(ROWS[index].label_ids) for index in batch) for batch in batches[:share]]
+    assert ranks > 1 or longest == sorted(longest)
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 3])
+def test_runs_that_do_not_fit_are_cut(rows_per_batch: int) -> None:
+    batches = list(
+        StepSampler(ROWS, rows_per_step=12, rows_per_batch=rows_per_batch, max_steps=10, seed=1, share_inputs=True)
+    )
+    assert {len(batch) for batch in batches} == {rows_per_batch}
+    assert Counter(index for batch in batches for index in batch) == dict.fromkeys(range(40), 3)
+
+
+def _shared_tokens(batch: list[int]) -> int:
+    """Each input once, and labels not padded to rationales."""
+    rows = [ROWS[index] for index in batch]
+    tokens = len(set(map(_pairs, batch))) * max(len(row.input_ids) for row in rows)
+    for target in ("label", "rationale"):
+        own = [len(row.label_ids) for row in rows if row.target == target]
+        tokens += len(own) * max(own, default=0)
+    return tokens
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("limit", [17, 30, 60, 1000])
+def test_a_shared_input_counts_once_in_the_limit_of_tokens(limit: int, ranks: int) -> None:
+    options = {"rows_per_step": 8, "rows_per_batch": 3, "max_steps": 15, "seed": 1, "ranks": ranks}
+    sampler = StepSampler(ROWS, tokens_per_batch=limit, share_inputs=True, **options)
+    batches, share = list(sampler), sampler.micro_batches * ranks
+    assert len(batches) == len(sampler) == 15 * share
+    assert all(0 < _shared_tokens(batch) <= limit for batch in batches)
+    steps = [
+        sorted(index for batch in batches[at : at + share] for index in batch) for at in range(0, len(batches), share)
+    ]
+    assert steps == [sorted(step[0]) for step in _steps()]
+    if limit == 60:
+        assert sampler.micro_batches < _by_tokens(limit, ranks=ranks)[0].micro_batches

@@ -1,0 +1,81 @@
+"""A prefix that the decoder reads: what is written behind it, and that it teaches what plain transformers shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from distill_llm.core.errors import ConfigError
+from distill_llm.core.signals import model_inputs
+from distill_llm.data.collate import Collator
+from distill_llm.data.rows import Row
+from distill_llm.models.generate import Generator
+from distill_llm.models.load import check_student
+from distill_llm.models.spec import StudentSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distill_llm.models.load import LoadedModel
+
+PREFIX = [9, 10]
+PROMPTS = [[5, 6, 7, 8], [6, 5]]
+
+
+@pytest.mark.parametrize("stop", [(), ("pays",)])
+def test_generation_starts_behind_the_prefix_and_says_only_what_follows(
+    stop: tuple[str, ...], tiny_t5: Callable[..., LoadedModel]
+) -> None:
+    """Against plain ``generate`` with ``decoder_input_ids``, as the documentation shows it."""
+    student = tiny_t5(seed=3)
+    model = student.model.eval()
+    generator = Generator(model, student.tokenizer, max_new_tokens=5, decoder_prefix=PREFIX, stop=stop)
+    written = generator.write_ids(PROMPTS)
+    begin = [[model.config.decoder_start_token_id, *PREFIX]]
+    for prompt, one in zip(PROMPTS, written, strict=True):
+        plain = model.generate(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor(begin), max_new_tokens=5, do_sample=False
+        )[0, len(begin[0]) :].tolist()
+        if not stop:
+            assert list(one.ids) == [token for token in plain if token not in (0, 1)]
+        assert list(one.ids) == plain[: len(one.ids)]
+    without = Generator(model, student.tokenizer, max_new_tokens=5).write_ids(PROMPTS)
+    assert [one.ids for one in without] != [one.ids for one in written], "the prefix is read"
+
+
+def test_an_end_in_the_prefix_does_not_end_the_text(tiny_t5: Callable[..., LoadedModel]) -> None:
+    student = tiny_t5(seed=3)
+    ends = [student.tokenizer.eos_token_id, student.tokenizer.pad_token_id]
+    generator = Generator(student.model, student.tokenizer, max_new_tokens=4, decoder_prefix=[9, *ends])
+    assert any(one.tokens_out for one in generator.write_ids(PROMPTS))
+
+
+def test_training_sees_the_tokens_that_generation_starts_with(tiny_t5: Callable[..., LoadedModel]) -> None:
+    """The first supervised token is predicted where the first generated one is."""
+    student = tiny_t5(seed=3)
+    model = student.model.eval()
+    batch = Collator(0, model.config.decoder_start_token_id)([Row(0, "label", PROMPTS[0], [7, 1], prefix_ids=PREFIX)])
+    logits = model(**model_inputs(batch)).logits[0]
+    first = (batch["labels"][0] != -100).int().argmax()
+    out = model.generate(
+        input_ids=torch.tensor([PROMPTS[0]]),
+        decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id, *PREFIX]]),
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    torch.testing.assert_close(out.logits[0][0], logits[first], rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_only_student_has_one_side() -> None:
+    spec = StudentSpec.model_validate(
+        {"config": {"model_type": "llama"}, "tokenizer": {"kind": "words"}, "prefix_side": "decoder"}
+    )
+    with pytest.raises(ConfigError, match=r"student\.prefix_side: 'decoder' needs an encoder-decoder"):
+        check_student(spec)
+    check_student(spec.model_copy(update={"config": {"model_type": "t5"}}))
+    with pytest.raises(ValueError, match="`chat` for decoder-only ones"):
+        StudentSpec.model_validate({"model": "x", "prefix_side": "decoder", "chat": True})
