@@ -68,10 +68,12 @@ class Term(Component):
 
     def of_each(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
         """The loss of each of the term's tokens, times what its row counts."""
-        if teacher is not None:
+        if teacher is not None and not self.loss.any_tokenizer:
             width = teacher.logits.size(-1)
             student, teacher = student.narrowed(width), teacher.narrowed(width)
         losses = self.loss(student, teacher)
+        if teacher is not None and teacher.known is not None:
+            losses = losses * teacher.known
         if self.row_weight == "equal" or student.agreement is None:
             return losses
         return losses * student.agreement

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class Loss(Component):
     needs_teacher: ClassVar[bool] = True
+    any_tokenizer: ClassVar[bool] = False
+    """It compares no word with a word: the tokenizers of teacher and student may have nothing in common."""
 
     @abstractmethod
     def __call__(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:

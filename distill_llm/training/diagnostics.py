@@ -57,7 +57,9 @@ class _Step:
         """Adds some tokens of a term; ``part`` is what they add to the loss, with its graph."""
         sums = self._sums[term.name]
         if teacher is not None:
-            sums[:3] += _beside_teacher(student, teacher)
+            known = teacher.known
+            pair = (student, teacher) if known is None else (student.where(known), teacher.where(known))
+            sums[:3] += _beside_teacher(*pair)
         if len(self._terms) > 1 and part.requires_grad:
             # The logits are the last that all terms share, and each token has its own: the square over a whole step is
             # the sum over its tokens, and no backward pass of the model is needed.
@@ -70,8 +72,9 @@ class _Step:
         norms = [square**0.5 for *_, square in sums]
         logs: dict[str, float] = {}
         for term, (tokens, same, entropy, _), norm in zip(self._terms, sums, norms, strict=True):
-            if tokens:
+            if tokens and not term.loss.any_tokenizer:  # or the same number may be another word
                 logs[f"agreement_{term.name}"] = same / tokens
+            if tokens:
                 logs[f"teacher_entropy_{term.name}"] = entropy / tokens
             if sum(norms) > 0:
                 logs[f"gradient_share_{term.name}"] = norm / sum(norms)
