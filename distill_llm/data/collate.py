@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distill_llm.core.example import TARGETS
-from distill_llm.core.signals import IGNORE_INDEX, Batch
+from distill_llm.core.signals import IGNORE_INDEX, Batch, view_column
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_llm.data.rows import Row
+    from distill_llm.data.rows import Row, RowView
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """``decoder_start_token_id`` is None for a decoder-only student."""
+    """``decoder_start_token_id`` is None for a decoder-only model. ``views``: teachers with a view of their own."""
 
     pad_token_id: int
     decoder_start_token_id: int | None
+    views: Mapping[str, Collator] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
@@ -29,17 +30,34 @@ class Collator:
             "targets": torch.tensor([TARGETS.index(row.target) for row in rows]),
             "agreement": torch.tensor([row.agreement for row in rows]),
         }
+        batch = self._columns(rows) | about
+        for teacher, collator in self.views.items():
+            own = collator._viewed([row.views.get(teacher) for row in rows], [len(row.label_ids) for row in rows])
+            batch |= {view_column(teacher, name): column for name, column in own.items()}
+        return batch
+
+    def _columns(self, rows: Sequence[Row] | Sequence[RowView]) -> Batch:
         if self.decoder_start_token_id is None:
             inputs = [[*row.input_ids, *row.label_ids] for row in rows]
             labels = [[IGNORE_INDEX] * len(row.input_ids) + list(row.label_ids) for row in rows]
-            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)} | about
+            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)}
         labels = [row.label_ids for row in rows]
         shifted = [[self.decoder_start_token_id, *ids[:-1]] for ids in labels]
         return self._padded_inputs([row.input_ids for row in rows]) | {
             "decoder_input_ids": _padded(shifted, self.pad_token_id),
             "labels": _padded(labels, IGNORE_INDEX),
-            **about,
         }
+
+    def _viewed(self, views: Sequence[RowView | None], num_labels: Sequence[int]) -> Batch:
+        """A row of which the teacher knows nothing has one token, which is nobody's counterpart: no tensor is empty."""
+        from distill_llm.data.rows import RowView
+
+        nothing = [self.pad_token_id]
+        filled = [
+            view if view is not None else RowView(nothing, nothing, [-1] * count)
+            for view, count in zip(views, num_labels, strict=True)
+        ]
+        return self._columns(filled) | {"places": _padded([view.places for view in filled], -1)}
 
     def _padded_inputs(self, inputs: Sequence[Sequence[int]]) -> Batch:
         return {

@@ -13,6 +13,7 @@ from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.objective import Term, targets_of
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.base import with_members
 
 STUDENT = "student"
 
@@ -48,8 +49,8 @@ def plan_arms(
     """The student first, then ablations (objectives with fewer terms), then controls (labels only).
 
     The control with the same compute gets as many steps as the student's cost pays for, where a row costs
-    6 * student parameters * its tokens, plus 2 * teacher parameters * its tokens for each teacher that is run on it
-    (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
+    6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher parameters * the tokens
+    that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
     steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
@@ -62,7 +63,7 @@ def plan_arms(
         factor = 1.0
         if name == "labels_same_compute":
             sizes = (student_parameters, teacher_parameters)
-            factor = _row_cost(recipe.objective, rows, *sizes) / _row_cost(label, rows, *sizes)
+            factor = _row_cost(recipe, recipe.objective, rows, *sizes) / _row_cost(recipe, label, rows, *sizes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
         arms.append(Arm(name, "control", f"labels only, same {same}", label, max(1, round(steps * factor)), "label"))
     return arms
@@ -93,7 +94,11 @@ def _describe(terms: Sequence[Term]) -> str:
 
 
 def _row_cost(
-    terms: Sequence[Term], rows: Sequence[Row], student_parameters: int, teacher_parameters: Mapping[str, int]
+    recipe: Recipe,
+    terms: Sequence[Term],
+    rows: Sequence[Row],
+    student_parameters: int,
+    teacher_parameters: Mapping[str, int],
 ) -> float:
     """Mean floating point operations of a row of the arm with these terms."""
     wanted = targets_of(terms)
@@ -105,7 +110,9 @@ def _row_cost(
         for term in terms:
             if term.teacher is not None and row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
-        forward = sum(2 * teacher_parameters[name] * share for name, share in asked.items())
-        total += row.num_tokens * (6 * student_parameters + forward)
+        total += 6 * student_parameters * row.num_tokens
+        for name, share in asked.items():
+            run = with_members(recipe.teachers, name)
+            total += share * sum(2 * teacher_parameters[one] * row.tokens_for(one) for one in run)
         count += 1
     return total / max(count, 1)

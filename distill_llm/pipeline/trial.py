@@ -14,6 +14,7 @@ from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
@@ -110,7 +111,8 @@ def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -
         if name not in opened:
             spec = recipe.teachers[name]
             members = [open_one(member) for member in spec.members()]
-            opened[name] = spec.open(facts, members)
+            teacher, reading = spec.open(facts, members), spec.reading(student)
+            opened[name] = teacher if reading is None else viewed(teacher, name, reading)
         return opened[name]
 
     for name in sorted({term.teacher for term in terms if term.teacher is not None}):

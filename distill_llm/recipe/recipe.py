@@ -67,6 +67,13 @@ class Recipe(Component):
                 raise ValueError(f"{name}: it is made of {unknown}, but the recipe's other teachers are {others}")
         for name in teachers:
             _refuse_circles(teachers, (name,))
+        for name, teacher in teachers.items():
+            foreign = [member for member in teacher.members() if teachers[member].speaks_otherwise()]
+            if foreign:
+                raise ValueError(
+                    f"{name}: it mixes word by word, but {foreign} has a tokenizer of its own. Give each such teacher "
+                    "a term of its own, with the loss universal_logit"
+                )
         return teachers
 
     @model_validator(mode="after")
@@ -77,6 +84,7 @@ class Recipe(Component):
                     f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(self.teachers)}. "
                     "Add it under `teachers:`"
                 )
+            self._speak_alike(term)
             if self.rationales is None and set(term.targets) != {"label"}:
                 raise ValueError(
                     f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
@@ -94,6 +102,15 @@ class Recipe(Component):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         self._ablations_exist()
         return self
+
+    def _speak_alike(self, term: Term) -> None:
+        if term.teacher is None or term.loss.any_tokenizer or not self.teachers[term.teacher].speaks_otherwise():
+            return
+        kind = type(term.loss).model_fields["kind"].default
+        raise ValueError(
+            f"objective.{term.name}: {kind} compares word with word, but teacher '{term.teacher}' has a tokenizer of "
+            "its own. Use the loss universal_logit, or remove own_tokenizer if the student has the same tokenizer"
+        )
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}

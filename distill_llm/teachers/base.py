@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distill_llm.core.example import Example
     from distill_llm.core.signals import Batch, LazySignals, Signals
     from distill_llm.tasks.base import Task
+    from distill_llm.teachers.view import Reading, TeacherView
 
 
 class Sampling(Component):
@@ -196,6 +197,21 @@ class TensorTeacherSpec(Component):
         """Names of the recipe's other teachers that it is made of."""
         return ()
 
+    def speaks_otherwise(self) -> bool:
+        """Whether its words are not the student's: it has a tokenizer of its own."""
+        return False
+
+    def own_view(self) -> TeacherView | None:
+        """What it sees of an example in its own way; None where it reads what the student reads."""
+        return None
+
+    def reading(self, student: Any = None) -> Reading | None:
+        """The same with the tokenizer for it. Loads no weights.
+
+        ``student``: a LoadedModel; None while there is none yet, when a teacher that is made of it cannot say either.
+        """
+        return None
+
     @abstractmethod
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         """Loads the teacher, and checks that its words are the student's. ``members`` are open, in their order."""
@@ -205,11 +221,9 @@ class TensorTeacherSpec(Component):
         """Its own size, that of its members aside, for the compute of a step; no weights are read for it."""
 
 
-def parameters_run(teachers: Mapping[str, TensorTeacherSpec], name: str, student_parameters: int) -> int:
-    """Parameters that work where teacher ``name`` is asked, those of its members included."""
-    spec = teachers[name]
-    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.members())
-    return spec.num_parameters(student_parameters) + members
+def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[str]:
+    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice."""
+    return [name, *(below for member in teachers[name].members() for below in with_members(teachers, member))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,18 +246,24 @@ class StudentFacts:
             names = {True: "an encoder-decoder", False: "decoder-only"}
             raise ConfigError(
                 f"{where}: the teacher is {names[config.is_encoder_decoder]}, the student is "
-                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; teach by "
-                "rationales (text) instead."
+                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; give the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by rationales (text)."
             )
         if vocabulary != self.vocabulary:
             different = [word for word, index in self.vocabulary.items() if vocabulary.get(word) != index]
             raise ConfigError(
                 f"{where}: teacher and student have different vocabularies ({len(vocabulary)} and "
                 f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
-                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or teach by text."
+                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by text."
             )
-        if config.vocab_size < self.width:
-            raise ConfigError(
-                f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {self.width}: some words "
-                "have no logit. Choose a tokenizer that belongs to the model."
-            )
+        check_head(config, self.width, where=where)
+
+
+def check_head(config: Any, width: int, *, where: str) -> None:
+    """Raises ConfigError where a teacher's head is too small for the ``width`` words of its tokenizer."""
+    if config.vocab_size < width:
+        raise ConfigError(
+            f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {width}: some words "
+            "have no logit. Choose a tokenizer that belongs to the model."
+        )

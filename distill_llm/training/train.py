@@ -21,6 +21,7 @@ from distill_llm.objective import Objective
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
+from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.trainer import DistillTrainer, Validate
@@ -69,7 +70,7 @@ def make_trainer(
         args=arguments,
         rows=rows,
         step_sampler=sampler,
-        collator=collator_for(student),
+        collator=collator_for(student, teachers),
         scheme=scheme,
         objective=objective,
         teachers=teachers,
@@ -113,9 +114,15 @@ def fit(
     )
 
 
-def collator_for(student: LoadedModel) -> Collator:
+def collator_for(student: LoadedModel, teachers: Mapping[str, TensorTeacher]) -> Collator:
+    """``teachers``: all that are open, members of others included."""
     start = student.model.config.decoder_start_token_id if student.is_encoder_decoder else None
-    return Collator(student.tokenizer.pad_token_id, start)
+    readings = {name: teacher.reading for name, teacher in teachers.items() if isinstance(teacher, ViewedTeacher)}
+    views = {
+        name: Collator(reading.tokenizer.pad_token_id, reading.decoder_start_token_id)
+        for name, reading in readings.items()
+    }
+    return Collator(student.tokenizer.pad_token_id, start, views)
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:
