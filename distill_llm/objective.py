@@ -122,10 +122,13 @@ loss, with its graph."""
 def _on_logits(loss: Loss, student: Signals, teacher: Taught | None) -> Float[Tensor, " N"]:
     if isinstance(teacher, SparseSignals):
         return loss.of_sparse(student.narrowed(teacher.width), teacher)
-    if teacher is not None:
+    if teacher is None:
+        return loss(student, None)
+    if not loss.any_tokenizer:
         width = teacher.logits.size(-1)
         student, teacher = student.narrowed(width), teacher.narrowed(width)
-    return loss(student, teacher)
+    losses = loss(student, teacher)
+    return losses if teacher.known is None else losses * teacher.known
 
 
 def targets_of(terms: Iterable[Term]) -> tuple[Target, ...]:

@@ -22,6 +22,8 @@ class TermLoss(Component):
     """What a term weighs: a loss on logits (``Loss``), or on layers (``FeatureLoss``)."""
 
     needs_teacher: ClassVar[bool] = True
+    any_tokenizer: ClassVar[bool] = False
+    """It compares no word with a word: the tokenizers of teacher and student may have nothing in common."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """Payloads of cached signals that it can be computed from, where these do not give all logits."""
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from distill_llm.cache.last_hidden import LastHidden
 from distill_llm.cache.manifest import Manifest, make_manifest, must_match, write_manifest
 from distill_llm.cache.shards import Shards, ShardWriter
-from distill_llm.core.errors import ConfigError
+from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.processes import main_first, my_share, rank
 from distill_llm.core.schedule import Schedule
 from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
 from distill_llm.pipeline.run_folder import RunFolder
-from distill_llm.pipeline.trial import open_teacher, student_facts
+from distill_llm.pipeline.trial import open_teacher
 from distill_llm.teachers.cached import HEAD, Cached
 
 if TYPE_CHECKING:
@@ -133,11 +133,12 @@ def write_caches(recipe: Recipe, rows: Sequence[Row], run: RunFolder, progress: 
                 recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer")
             )
             student.model.to(default_device())
-            teacher = open_teacher(recipe, plan.spec.of, student_facts(student))
+            opened: dict[str, TensorTeacher] = {}
+            teacher = open_teacher(recipe, plan.spec.of, student, opened)
             main_first(lambda plan=plan, teacher=teacher: _write_head(plan, teacher))
             share = my_share(sorted(waiting, key=lambda row: (row.target, -row.num_tokens)))
             batches = _batches(share, recipe.train.rows_per_batch, recipe.train.tokens_per_batch)
-            _write(plan, teacher, collator_for(student), list(batches), str(student.model.device), progress)
+            _write(plan, teacher, collator_for(student, opened), list(batches), str(student.model.device), progress)
         there = len(plan.rows) - len(waiting)
         main_first(lambda plan=plan, there=there, began=began: reports.append(_report(plan, there, began)))
     return reports
@@ -227,6 +228,11 @@ def _columns(
     batch = {name: column.to(device) for name, column in collator(rows).items()}
     with torch.no_grad():
         said = lazily(teacher, batch)
+        if said.known is not None and not bool(said.known.all()):
+            raise DataError(
+                f"teachers.{plan.name}: {plan.spec.of} says nothing of some rows, which have no gold label to be told, "
+                "and a cache has something of every row. Name that teacher in the objective itself, or give all labels."
+            )
         hidden = said.hidden[said.tokens.rows.argsort(stable=True)]
         noise = payload.noise([row.key for row in rows], [len(row.label_ids) for row in rows], len(temperatures))
         at_once = max(1, AUTO_BYTES // (4 * plan.manifest["width"]))

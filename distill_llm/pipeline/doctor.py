@@ -20,6 +20,7 @@ from distill_llm.pipeline.rationale_stage import Material, check, read_material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.student_stage import check_chat, training_text
 from distill_llm.pipeline.trial import open_teachers, student_view
+from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "error"]
 _EXAMPLES = 2000  # whose inputs and targets are measured
 _TOO_MANY_CUT = 0.05
+_TOO_MANY_UNMATCHED = 0.5
+_END_OF_PROMPT = 300  # characters of a teacher's view that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,9 @@ def examine(recipe: Recipe) -> Diagnosis:
         student = build_student(recipe.student, tokenizer)
         check_chat(recipe, tokenizer)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
-        rows = _rows(recipe, material, view)
+        viewers = make_viewers(recipe, student, view)
+        rows = _rows(recipe, material, view, viewers)
+        _views(recipe, rows, viewers, diagnosis)
         _cuts(recipe, rows, diagnosis)
         _one_step(recipe, student, rows, diagnosis)
     except DistillError as error:
@@ -123,7 +128,7 @@ def _stand_in(example: Example) -> TeacherAnswer:
     return TeacherAnswer(label, (example.rationale or example.input,), 1.0)
 
 
-def _rows(recipe: Recipe, material: Material, view: StudentView) -> RowSet:
+def _rows(recipe: Recipe, material: Material, view: StudentView, viewers: Mapping[str, TeacherViewer]) -> RowSet:
     return build_rows(
         material.splits.train[:_EXAMPLES],
         material.answers,
@@ -131,7 +136,25 @@ def _rows(recipe: Recipe, material: Material, view: StudentView) -> RowSet:
         view=view,
         targets=needed_targets(recipe),
         label_from=recipe.label_from,
+        viewers=viewers,
     )
+
+
+def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], diagnosis: Diagnosis) -> None:
+    for name, facts in facts_of_views(recipe, rows.rows).items():
+        level: Level = "warning" if facts.unmatched > _TOO_MANY_UNMATCHED * facts.num_tokens else "ok"
+        diagnosis.note(level, f"view of {name}", str(facts))
+        first = next(row.views[name] for row in rows.rows if name in row.views)
+        text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
+        end = text if len(text) <= _END_OF_PROMPT else f"... {text[-_END_OF_PROMPT:]}"
+        diagnosis.note("ok", f"view of {name}", f"of one row: {end}")
+    for name in repeaters(recipe):
+        diagnosis.note(
+            "warning",
+            f"view of {name}",
+            "it is told the gold label and asked for it: on the target label it can only repeat it, which "
+            "cross_entropy does for nothing",
+        )
 
 
 def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
@@ -160,10 +183,8 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     if recipe.train.tokens_per_batch:
         number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
     chosen = _mixed(rows, number)
-    batch = {
-        name: column.to(student.model.device)
-        for name, column in collator_for(student, recipe.train.packing)(chosen).items()
-    }
+    collated = collator_for(student, teachers, recipe.train.packing)(chosen)
+    batch = {name: column.to(student.model.device) for name, column in collated.items()}
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
     _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
@@ -277,9 +298,7 @@ def _teachers_are_still(recipe: Recipe, teachers: Mapping[str, Any], batch: Batc
         elif not torch.equal(first, second):
             diagnosis.note("error", f"teacher {name}", "it says something else when asked twice: is dropout on?")
         else:
-            diagnosis.note(
-                "ok", f"teacher {name}", "passes no gradient on, says the same twice, and has the student's words"
-            )
+            diagnosis.note("ok", f"teacher {name}", "passes no gradient on, and says the same twice")
 
 
 def _memory(recipe: Recipe, student: LoadedModel, teachers: Mapping[str, Any], batch: Batch) -> str:

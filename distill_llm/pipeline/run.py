@@ -14,6 +14,7 @@ from distill_llm.core.quiet import quiet_libraries
 from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def _train(
     counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())
     cut = f"; cut to fit: {rows.inputs_cut:,} inputs, {rows.targets_cut:,} targets"
     progress.say(f"rows: {counts}{cut if rows.inputs_cut or rows.targets_cut else ''}")
+    for name, facts in facts_of_views(recipe, rows.rows).items():
+        progress.say(f"teacher {name}: {facts}")
     if writes_caches:
         for report in write_caches(recipe, rows.rows, run, progress):
             progress.say(f"signals of {report.name}: {report.rows:,} rows, {report.there:,} of them there already")

@@ -16,6 +16,7 @@ from distill_llm.pipeline.arms import Arm
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
@@ -100,36 +101,32 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     return result
 
 
-def student_facts(student: LoadedModel) -> StudentFacts:
-    """What its teachers must agree with."""
+def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
+    """The live teachers that some term names, and those that they are made of; each is opened once."""
+    opened: dict[str, TensorTeacher] = {}
+    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+        open_teacher(recipe, name, student, opened)
+    _open_layers(student.model, opened, Objective(terms))
+    return opened
+
+
+def open_teacher(recipe: Recipe, name: str, student: LoadedModel, opened: dict[str, TensorTeacher]) -> TensorTeacher:
+    """One of the recipe's teachers, and those that it is made of, which are added to ``opened`` or taken from it."""
+    if name not in opened:
+        spec = recipe.teachers[name].placed(RunFolder(recipe.folder).signals(name))
+        members = [open_teacher(recipe, member, student, opened) for member in spec.members()]
+        teacher, reader = spec.open(_facts(student), members), spec.reader(student)
+        opened[name] = teacher if reader is None else viewed(teacher, name, reader)
+    return opened[name]
+
+
+def _facts(student: LoadedModel) -> StudentFacts:
     return StudentFacts(
         vocabulary=student.tokenizer.get_vocab(),
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
         model=student.model,
     )
-
-
-def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
-    """The live teachers that some term names, and those that they are made of; each is opened once."""
-    facts = student_facts(student)
-    opened: dict[str, TensorTeacher] = {}
-    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
-        open_teacher(recipe, name, facts, opened)
-    _open_layers(student.model, opened, Objective(terms))
-    return opened
-
-
-def open_teacher(
-    recipe: Recipe, name: str, facts: StudentFacts, opened: dict[str, TensorTeacher] | None = None
-) -> TensorTeacher:
-    """One of the recipe's teachers, and those that it is made of, which are added to ``opened`` or taken from it."""
-    opened = {} if opened is None else opened
-    if name not in opened:
-        spec = recipe.teachers[name].placed(RunFolder(recipe.folder).signals(name))
-        members = [open_teacher(recipe, member, facts, opened) for member in spec.members()]
-        opened[name] = spec.open(facts, members)
-    return opened[name]
 
 
 def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective: Objective) -> None:

@@ -81,9 +81,7 @@ def _lazily(
     return said
 
 
-def _asked(
-    teacher: TensorTeacher, how: Literal["signals", "lazy_signals"], batch: Batch, reading: Reading
-) -> Signals | LazySignals:
+def _asked(teacher: TensorTeacher, how: Literal["signals", "lazy_signals"], batch: Batch, reading: Reading) -> Taught:
     """Its signals, with its layers where the objective looks at them."""
     if not reading:
         return getattr(teacher, how)(batch)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill_llm.core.sparse import SparseSignals
     from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
+    from distill_llm.teachers.view import Reader, TeacherView
 
 
 class Sampling(Component):
@@ -236,11 +237,29 @@ class TensorTeacherSpec(Component):
 
     def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
         """Raises ValueError where it cannot be made of those of ``others`` that it names. Reads no file."""
+        foreign = [name for name in self.made_of() if others[name].speaks_otherwise()]
+        if foreign:
+            raise ValueError(
+                f"it speaks of the student's words, but {foreign} has a tokenizer of its own. Give each such teacher a "
+                "term of its own, with the loss universal_logit"
+            )
 
     def check_loss(self, loss: TermLoss) -> None:
         """Raises ValueError where ``loss`` cannot be computed from what it says. Reads no file."""
-        if isinstance(loss, FeatureLoss) and not self.has_layers:
-            raise ValueError("it looks at layers, and the teacher has none of its own. Name a frozen teacher")
+        kind = type(loss).model_fields["kind"].default
+        if isinstance(loss, FeatureLoss):
+            if not self.has_layers:
+                raise ValueError("it looks at layers, and the teacher has none of its own. Name a frozen teacher")
+            if self.own_view() is not None or self.speaks_otherwise():
+                raise ValueError(
+                    f"{kind} compares layers at tokens that both models read, but the teacher reads others (`view`, "
+                    "`own_tokenizer`). Name a teacher without these"
+                )
+        elif self.speaks_otherwise() and not loss.any_tokenizer:
+            raise ValueError(
+                f"{kind} compares word with word, but the teacher has a tokenizer of its own. Use the loss "
+                "universal_logit, or remove own_tokenizer if the student has the same tokenizer"
+            )
 
     def placed(self, folder: Path) -> TensorTeacherSpec:
         """With ``folder``, that of the run for this teacher, as the place of its files, where it has any."""
@@ -252,6 +271,21 @@ class TensorTeacherSpec(Component):
         members = {name: others[name].identity(others) for name in self.members()}
         return own | ({"members": members} if members else {})
 
+    def speaks_otherwise(self) -> bool:
+        """Whether its words are not the student's: it has a tokenizer of its own."""
+        return False
+
+    def own_view(self) -> TeacherView | None:
+        """What it sees of an example in its own way; None where it reads what the student reads."""
+        return None
+
+    def reader(self, student: Any = None) -> Reader | None:
+        """The same with the tokenizer for it. Loads no weights.
+
+        ``student``: a LoadedModel; None while there is none yet, when a teacher that is made of it cannot say either.
+        """
+        return None
+
     @abstractmethod
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         """Loads the teacher, and checks that its words are the student's. ``members`` are open, in their order."""
@@ -261,11 +295,9 @@ class TensorTeacherSpec(Component):
         """Its own size, that of its members aside, for the compute of a step; no weights are read for it."""
 
 
-def parameters_run(teachers: Mapping[str, TensorTeacherSpec], name: str, student_parameters: int) -> int:
-    """Parameters that work where teacher ``name`` is asked, those of its members included."""
-    spec = teachers[name]
-    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.made_of())
-    return spec.num_parameters(student_parameters) + members
+def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[str]:
+    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice."""
+    return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,18 +320,24 @@ class StudentFacts:
             names = {True: "an encoder-decoder", False: "decoder-only"}
             raise ConfigError(
                 f"{where}: the teacher is {names[config.is_encoder_decoder]}, the student is "
-                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; teach by "
-                "rationales (text) instead."
+                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; give the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by rationales (text)."
             )
         if vocabulary != self.vocabulary:
             different = [word for word, index in self.vocabulary.items() if vocabulary.get(word) != index]
             raise ConfigError(
                 f"{where}: teacher and student have different vocabularies ({len(vocabulary)} and "
                 f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
-                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or teach by text."
+                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by text."
             )
-        if config.vocab_size < self.width:
-            raise ConfigError(
-                f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {self.width}: some words "
-                "have no logit. Choose a tokenizer that belongs to the model."
-            )
+        check_head(config, self.width, where=where)
+
+
+def check_head(config: Any, width: int, *, where: str) -> None:
+    """Raises ConfigError where a teacher's head is too small for the ``width`` words of its tokenizer."""
+    if config.vocab_size < width:
+        raise ConfigError(
+            f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {width}: some words "
+            "have no logit. Choose a tokenizer that belongs to the model."
+        )

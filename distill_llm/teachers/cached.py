@@ -115,6 +115,7 @@ class Cached(TensorTeacherSpec):
         return self.payload.gives_logits
 
     def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        super().check_others(others)
         for name in _all_of(others, self.of):
             if others[name].moves:
                 raise ValueError(f"{name} changes while the student learns, and cannot be written down beforehand")

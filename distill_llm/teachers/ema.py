@@ -10,6 +10,7 @@ from pydantic import Field
 
 from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.view import Reader, TeacherView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,13 +66,22 @@ class Ema(TensorTeacherSpec):
     """The exponential moving average of the student's weights, moved after every optimiser step.
 
     Tarvainen & Valpola 2017, arXiv:1703.01780, sec. 2. As in their code, the decay is at most 1 - 1/(step + 1): a
-    plain mean of all weights so far, until the exponential one is the better. Ours sees the student's own input; the
-    only noise between the two is the student's dropout.
+    plain mean of all weights so far, until the exponential one is the better. Ours sees the student's own input, unless
+    it has a `view`; the only noise between the two is the student's dropout.
     """
 
     moves: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
     decay: float = Field(default=0.999, gt=0, lt=1, description="what is kept of the average at each step")
+    view: TeacherView | None = Field(default=None, description="absent: it reads what the student reads")
+
+    def own_view(self) -> TeacherView | None:
+        return self.view
+
+    def reader(self, student: Any = None) -> Reader | None:
+        if self.view is None or student is None:
+            return None
+        return Reader(self.view, student.tokenizer, student.model.config, "")
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         assert student.model is not None, "an ema teacher is a copy of StudentFacts.model"

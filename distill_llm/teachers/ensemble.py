@@ -16,7 +16,7 @@ from distill_llm.core.signals import Batch, LazySignals, Signals
 from distill_llm.teachers.base import LazyTeacher, StudentFacts, TensorTeacher, TensorTeacherSpec
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor, dtype
 
     from distill_llm.core.sparse import SparseSignals
@@ -36,7 +36,7 @@ class EnsembleTeacher:
 
     def signals(self, batch: Batch) -> Signals:
         said = [_all_words(member.signals(batch)).narrowed(self._width) for member in self._members]
-        return replace(said[0], logits=self._mix([one.logits for one in said]))
+        return replace(said[0], logits=self._mix([one.logits for one in said]), known=_known_to_all(said))
 
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The members' hidden states side by side; each chunk of them goes back to the heads that they came from.
@@ -48,7 +48,8 @@ class EnsembleTeacher:
         said = [lazily(member, batch) for member in self._members]
         parts = [(one.make_logits, one.hidden.size(-1), one.hidden.dtype) for one in said]
         hidden = torch.cat([one.hidden for one in said], -1)  # in a type that holds each of theirs without a loss
-        return replace(said[0], hidden=hidden, make_logits=partial(self._chunk, parts), weights=())
+        make_logits = partial(self._chunk, parts)
+        return replace(said[0], hidden=hidden, make_logits=make_logits, weights=(), known=_known_to_all(said))
 
     def _chunk(self, parts: Sequence[Part], hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
         pieces = hidden.split([size for _, size, _ in parts], -1)
@@ -100,12 +101,20 @@ def lazily(member: TensorTeacher, batch: Batch) -> LazySignals:
         weights=(),
         anchor=said.logits[:0].float().sum(),
         chunk_tokens=max(1, len(by_target)),
+        known=None if said.known is None else said.known[by_target],
     )
 
 
 def _all_words(said: Signals | SparseSignals) -> Signals:
     assert isinstance(said, Signals), "a recipe with such a member is refused"
     return said
+
+
+def _known_to_all(said: Sequence[Signals | LazySignals]) -> Bool[Tensor, " N"] | None:
+    import torch
+
+    known = [one.known for one in said if one.known is not None]
+    return torch.stack(known).all(0) if known else None
 
 
 def _as_it_is(logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
@@ -144,6 +153,7 @@ class Ensemble(TensorTeacherSpec):
         return self.of
 
     def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        super().check_others(others)
         for name in self.of:
             if not others[name].gives_logits:
                 raise ValueError(

@@ -58,7 +58,7 @@ class _Step:
         """Adds some tokens of a term; ``part`` is what they add to the loss, with its graph."""
         sums = self._sums[term.name]
         if teacher is not None:
-            sums[:4] += _beside_teacher(student, teacher)
+            sums[:4] += _beside_teacher(*_of_known(student, teacher))
         if len(self._terms) > 1 and part.requires_grad:
             # The logits are the last that all terms share, and each token has its own: the square over a whole step is
             # the sum over its tokens, and no backward pass of the model is needed.
@@ -71,14 +71,22 @@ class _Step:
         norms = [square**0.5 for *_, square in sums]
         logs: dict[str, float] = {}
         for term, (tokens, same, entropy, mass, _), norm in zip(self._terms, sums, norms, strict=True):
-            if tokens:
+            if tokens and not term.loss.any_tokenizer:  # or the same number may be another word
                 logs[f"agreement_{term.name}"] = same / tokens
+            if tokens:
                 logs[f"teacher_entropy_{term.name}"] = entropy / tokens
             if mass:  # of signals that keep the likeliest words alone
                 logs[f"captured_mass_{term.name}"] = mass / tokens
             if sum(norms) > 0:
                 logs[f"gradient_share_{term.name}"] = norm / sum(norms)
         return logs
+
+
+def _of_known(student: Signals, teacher: Taught) -> tuple[Signals, Taught]:
+    """Both at the tokens of which the teacher says something."""
+    if not isinstance(teacher, Signals) or teacher.known is None:
+        return student, teacher
+    return student.where(teacher.known), teacher.where(teacher.known)
 
 
 @torch.no_grad()
