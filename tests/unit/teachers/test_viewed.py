@@ -422,3 +422,22 @@ def test_what_it_says_of_a_batch_does_not_depend_on_who_is_beside_it(
     alone = [teachers["big"].signals(collate([row])).logits for row in _rationales(rows)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
     assert signals_of(torch.zeros(*batch["labels"].shape, 2), batch).known is None
+
+
+def test_a_teacher_with_more_words_makes_the_chunks_smaller(
+    tiny_t5: Callable[..., LoadedModel], tiny_llama: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    """Or its logits of one chunk would take many times the memory that the student's are kept to."""
+    student = tiny_t5(seed=1)
+    _saved(tiny_llama(seed=2, tokenizer="bytes_bpe"), tmp_path / "other")
+    recipe = _foreign(tmp_path, "text")
+    teachers, _, batch = _opened(recipe, student)
+    objective, seen = Objective(recipe.objective), []
+    head = OutputHead(student.model, chunk_tokens=8)
+    ((said, taught),) = StepByStep().compare(student.model, teachers, batch, objective, head)
+    counts = objective.counts(batch)
+    for chunk_tokens, longest in ((100, 8), (3, 3)):
+        heard: Any = {"other": replace(taught["other"], chunk_tokens=chunk_tokens)}  # type: ignore[type-var]
+        objective(said, heard, counts, lambda term, student, *_: seen.append((term.name, len(student.token_ids))))
+        assert max(length for name, length in seen if name == "soft") == longest
+        seen.clear()
