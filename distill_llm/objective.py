@@ -299,7 +299,10 @@ class Objective:
         return total, {term.name: mean for term, mean in found if term.layers is None}
 
     def _chunks(self, student: LazySignals, teachers: Mapping[str, Taught | LazySignals]) -> Iterator[_Chunk]:
-        """All tokens of a chunk belong to the same terms, because they are of one target."""
+        """All tokens of a chunk belong to the same terms, because they are of one target.
+
+        A teacher may have many more words than the student: the one with the smallest chunks decides.
+        """
         for target, (start, stop) in student.tokens.spans.items():
             terms = tuple(
                 index
@@ -310,5 +313,7 @@ class Objective:
                 continue
             names = {self.terms[index].teacher for index in terms} - {None}
             said = {name: teachers[name].of_target(target) for name in names if name is not None}
-            for at in range(start, stop, student.chunk_tokens):
-                yield _Chunk(at, min(at + student.chunk_tokens, stop), at - start, terms, said)
+            lazy = [one.signals.chunk_tokens for one in said.values() if isinstance(one, TargetSignals)]
+            size = min([student.chunk_tokens, *lazy])
+            for at in range(start, stop, size):
+                yield _Chunk(at, min(at + size, stop), at - start, terms, said)

@@ -72,6 +72,21 @@ def test_bytes_of_one_character_begin_together(tiny_t5: Callable[..., LoadedMode
     assert places_by_text([0, 1, 3], starts)[0] == 0
 
 
+def test_tokens_that_begin_with_their_space_as_sentencepieces_do() -> None:
+    """Spans of the space that stands before the text, of a space alone, of an end that the tokenizer adds itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer: Any = trainers.BpeTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    core.train_from_iterator(["ann pays more"] * 5, trainer=trainer)
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    assert tokenizer.tokenize("ann pays  more.") == ["\u2581ann", "\u2581pays", "\u2581", "\u2581more", "<unk>"]
+    assert token_starts(tokenizer, ["ann pays  more."], special=True, where="here") == [[0, 3, 8, 8, 14, 15]]
+
+
 def test_no_text_no_token(tiny_t5: Callable[..., LoadedModel]) -> None:
     tokenizer = tiny_t5().tokenizer
     assert token_starts(tokenizer, [], special=False, where="here") == []

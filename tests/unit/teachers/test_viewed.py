@@ -163,10 +163,14 @@ def test_a_view_of_the_students_own_input_changes_nothing(
 
 
 def _update(
-    recipe: Recipe, student: LoadedModel, sizes: Sequence[int], chunk_tokens: int = 0
+    recipe: Recipe,
+    student: LoadedModel,
+    sizes: Sequence[int],
+    chunk_tokens: int = 0,
+    examples: Sequence[Example] = EXAMPLES,
 ) -> tuple[torch.Tensor, ...]:
     """The loss of all rows, cut into micro-batches of these sizes, and its gradients."""
-    teachers, rows, _ = _opened(recipe, student)
+    teachers, rows, _ = _opened(recipe, student, examples)
     collate, objective, start = collator_for(student, teachers), Objective(recipe.objective), 0
     batches = []
     for size in sizes:
@@ -194,6 +198,26 @@ def test_micro_batches_and_chunks_make_no_difference(
     assert expected[0] > 1e-3
     for sizes, chunk_tokens in (([1] * 7, 0), ([3, 4], 0), ([7], 3), ([7], 100), ([2, 5], 2)):
         for found, wanted in zip(_update(recipe, student, sizes, chunk_tokens), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("asked", ["big", "pair"])
+def test_nor_do_they_where_it_has_nothing_to_say_of_a_row(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, asked: str
+) -> None:
+    """Also as a member: nobody says anything of a token of which one says nothing."""
+    student = tiny_model(seed=1)
+    _saved(tiny_model(seed=2), tmp_path / "big")
+    recipe = _recipe(tmp_path, asked=asked)
+    examples = [EXAMPLES[0], replace(EXAMPLES[1], label=None), EXAMPLES[2]]  # no label row, and no view of the other
+    teachers, rows, batch = _opened(recipe, student, examples)
+    known = teachers[asked].signals(batch).of_target(1).known
+    assert known is not None
+    assert known.tolist() == [row.example != 1 for row in _rationales(rows) for _ in row.label_ids]
+    expected = _update(recipe, student, [6], examples=examples)
+    assert expected[0] > 1e-3
+    for sizes, chunk_tokens in (([1] * 6, 0), ([6], 3), ([2, 4], 2)):
+        for found, wanted in zip(_update(recipe, student, sizes, chunk_tokens, examples), expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -398,3 +422,22 @@ def test_what_it_says_of_a_batch_does_not_depend_on_who_is_beside_it(
     alone = [teachers["big"].signals(collate([row])).logits for row in _rationales(rows)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
     assert signals_of(torch.zeros(*batch["labels"].shape, 2), batch).known is None
+
+
+def test_a_teacher_with_more_words_makes_the_chunks_smaller(
+    tiny_t5: Callable[..., LoadedModel], tiny_llama: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    """Or its logits of one chunk would take many times the memory that the student's are kept to."""
+    student = tiny_t5(seed=1)
+    _saved(tiny_llama(seed=2, tokenizer="bytes_bpe"), tmp_path / "other")
+    recipe = _foreign(tmp_path, "text")
+    teachers, _, batch = _opened(recipe, student)
+    objective, seen = Objective(recipe.objective), []
+    head = OutputHead(student.model, chunk_tokens=8)
+    ((said, taught),) = StepByStep().compare(student.model, teachers, batch, objective, head)
+    counts = objective.counts(batch)
+    for chunk_tokens, longest in ((100, 8), (3, 3)):
+        heard: Any = {"other": replace(taught["other"], chunk_tokens=chunk_tokens)}  # type: ignore[type-var]
+        objective(said, heard, counts, lambda term, student, *_: seen.append((term.name, len(student.token_ids))))
+        assert max(length for name, length in seen if name == "soft") == longest
+        seen.clear()
