@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -64,7 +65,7 @@ class Outcome:
 def ways_of(only: Sequence[str]) -> dict[str, list[str]]:
     """Overrides of each way of learning, by its name in the table."""
     hard = {"name": "label", "loss": {"kind": "cross_entropy"}, "targets": ["label"]}
-    ways = {LABELS: [f"objective={json.dumps([hard])}", "teachers={}"]}
+    ways = {LABELS: [f"objective={json.dumps([hard])}"]}
     for kind, loss in kinds(Loss, "distill_llm.losses").items():
         if loss.needs_teacher:
             ways[kind] = [f"objective={json.dumps([_soft(kind, 'big')])}"]
@@ -172,6 +173,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = read_options(arguments)
     teacher = ask_teacher(given.overrides)
+    if not teacher:
+        sys.exit("teachers.big: not one of its answers is right, so that there is nothing to learn from it.")
     began = time.monotonic()
     jobs = []
     for way, own in ways_of(given.only).items():

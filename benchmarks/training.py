@@ -333,7 +333,8 @@ def describe(own: dict[str, Way], given: argparse.Namespace) -> None:
     for target, (inputs, labels) in means.items():
         print(f"Mean tokens of a {target} row: {inputs:.1f} in, {labels:.1f} out.")
     print(
-        f"{given.rounds} rounds of {given.steps} steps a way, each after {given.warmup} that are not timed; {given.clock} time."
+        f"{given.rounds} rounds of {given.steps} steps a way, each after {given.warmup} that are not timed; "
+        f"{given.clock} time."
     )
     for name, way in own.items():
         spec = way.recipe.train
