@@ -1,6 +1,6 @@
 """Every loss with a teacher trains a small student on the quickstart's questions, from the teacher's words alone.
 
-    python benchmarks/divergences.py [--seeds 3] [--workers 2] [--only forward_kl ...] [--out FOLDER] [KEY=VALUE]...
+    python benchmarks/divergences.py [KEY=VALUE]... [--seeds 3] [--workers 2] [--only forward_kl ...] [--out FOLDER]
 
 Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Losses are found by their folder.
 A loss that needs more than a teacher's logits, or that this recipe does not suit, is listed with the reason. For

@@ -1,6 +1,6 @@
 """Examples per second of this trainer against the paper's way of training, and what soft labels add to a step.
 
-    python benchmarks/training.py [--rounds 5] [--ours bf16 train.precision=bfloat16]... [KEY=VALUE]...
+    python benchmarks/training.py [KEY=VALUE]... [--rounds 5] [--ours bf16 train.precision=bfloat16]...
 
 One run of all ways on the same rows, in turn: block after block of steps, each on freshly drawn weights, round after
 round. A ratio is taken within a round; shown are the median over the rounds and the range.
@@ -8,7 +8,8 @@ round. A ratio is taken within a round; shown are the median over the rounds and
 The baseline is the training of Hsieh et al. 2023 (arXiv:2305.02301) on a plain Hugging Face trainer: batches of a fixed
 number of shuffled examples, each padded to its longest row, forwarded twice (label with `predict: `, rationale with
 `explain: `), with the models' own mean losses, alpha * label + (1 - alpha) * rationale, in float32. Rows, lengths,
-threads, optimiser, schedule and clipping are the same for all. Nobody validates or writes checkpoints.
+threads, optimiser, schedule and clipping are the same for all. Nobody validates or writes checkpoints; one step of each
+block is logged, ours with its diagnostics.
 
 `--ours NAME KEY=VALUE ...` adds one more way of ours with these overrides of benchmarks/training.yaml; KEY=VALUE before
 all options are overrides for everybody.
