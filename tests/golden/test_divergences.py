@@ -215,6 +215,30 @@ def test_jensen_shannon_is_that_of_trl(beta: float) -> None:
     torch.testing.assert_close(ours / 4, theirs)  # theirs has no factor temperature^2
 
 
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        (ForwardKL(temperature=2.0), 0.0),
+        (JensenShannon(mixture=0.3, temperature=2.0), 0.3),
+        (ReverseKL(temperature=2.0), 1.0),
+    ],
+    ids=repr,
+)
+def test_values_and_gradients_are_those_of_trls_chunked_divergence(loss: Divergence, beta: float) -> None:
+    """Which makes the logits itself, tile by tile, from hidden states and heads, and derives by hand."""
+    kernels = pytest.importorskip("trl.kernels.chunked_divergence")
+    hidden, taught = torch.randn(2, N, 3, generator=torch.Generator().manual_seed(1)).unbind()
+    weight, head = (2 * torch.randn(2, V, 3, generator=torch.Generator().manual_seed(2))).unbind()
+    learned = hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    theirs, _ = kernels.ChunkedDivergenceFunction.apply(hidden, weight, None, taught, head, None, beta, 2.0)
+    ours = loss(_signals(hidden @ weight.T), _signals(taught @ head.T))
+    torch.testing.assert_close(ours / 4, theirs)  # theirs has no factor temperature^2
+    upstream = torch.rand(N, generator=torch.Generator().manual_seed(3))
+    expected = torch.autograd.grad(theirs, learned, upstream)
+    for got, wanted in zip(torch.autograd.grad(ours / 4, learned, upstream), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 @every_divergence
 def test_the_size_of_the_gradient_does_not_depend_on_the_temperature(name: str) -> None:
     """Far above all logits a doubled temperature changes nothing; without the factor it would halve or quarter it."""
