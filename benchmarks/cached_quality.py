@@ -3,8 +3,8 @@
     python benchmarks/cached_quality.py --seeds 3 --out runs/benchmarks/cached [KEY=VALUE]...
 
 Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). All ways of hearing the teacher
-have the same initial weights, rows, order and steps; a seed draws others of each. Prints, for each way, mean and standard
-deviation of test accuracy, and of its paired difference to the online teacher. Resumes.
+have the same initial weights, rows, order and steps; a seed draws others of each. Prints, for each way, mean and
+standard deviation of test accuracy, and of its paired difference to the online teacher. Resumes.
 """
 
 from __future__ import annotations
