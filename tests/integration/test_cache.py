@@ -87,7 +87,7 @@ def test_a_cache_that_is_killed_goes_on_and_is_complete(cli: Any, start: Any, re
     assert f"lacks {ROWS - there} of {ROWS} rows" in refused.stderr
 
     said = cli("cache-signals", *words, COLUMNS="200").stdout
-    assert f"signals of big: {ROWS - there} of {ROWS - there}" in said
+    assert f"signals of big (kept): {ROWS - there} of {ROWS - there}" in said
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}.items()
     line = next(line for line in said.splitlines() if line.startswith("kept "))
     assert line.split()[1:3] == [str(ROWS), str(there)]
