@@ -91,13 +91,9 @@ class TopSignals(SparseSignals):
 
         The others are summed by themselves: 1 minus the K words would lose what is small.
         """
-        import torch
+        from distill_llm.core.word_sums import coarse_logits
 
-        softened = logits.float() / temperature
-        # Not -inf: where there is no other word, the gradient of a sum over nothing would be NaN.
-        others = softened.scatter(-1, self.word_ids, torch.finfo(torch.float32).min / 4)
-        top = softened.gather(-1, self.word_ids)
-        return torch.cat([top, others.logsumexp(-1, keepdim=True)], -1).log_softmax(-1)
+        return coarse_logits(logits, self.word_ids, temperature).log_softmax(-1)
 
     def likeliest(self) -> Int[Tensor, " N"]:
         return self.word_ids[:, 0]

@@ -34,8 +34,8 @@ class ForwardKL(Divergence):
         """
         if not isinstance(teacher, SampledSignals):
             return super().of_sparse(student, teacher)
+        from distill_llm.core.word_sums import mean_cross_entropy
+
         temperature = self.constant_temperature
         word_ids, entropy = teacher.drawn(temperature)
-        softened = student.logits.float() / temperature
-        cross_entropy = softened.logsumexp(-1) - softened.gather(-1, word_ids).mean(-1)
-        return temperature**2 * (cross_entropy - entropy)
+        return temperature**2 * (mean_cross_entropy(student.logits, word_ids, temperature) - entropy)

@@ -198,7 +198,7 @@ def _write(
     done, total = 0, sum(len(rows) for rows in batches)
     size = int(plan.spec.shard_megabytes * 2**20)
     writer = ShardWriter(plan.folder, shard_bytes=size, process=rank(), bfloat16=plan.spec.payload.bfloat16)
-    name = f"signals of {plan.spec.of}"
+    name = f"signals of {plan.spec.of} ({plan.name})"
     progress.advance(name, 0, total)
     try:
         for rows in batches:

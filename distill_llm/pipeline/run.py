@@ -53,6 +53,7 @@ def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheR
             f"recipe {recipe.name} has no teacher of `kind: cached` among {sorted(recipe.teachers)}: there is nothing "
             "to write. docs/cache.md shows one."
         )
+    main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
     run, material = _claim_with_material(recipe)
     return write_caches(recipe, make_plan(recipe, material, run).rows.rows, run, progress)
 

@@ -87,7 +87,7 @@ def test_a_cache_that_is_killed_goes_on_and_is_complete(cli: Any, start: Any, re
     assert f"lacks {ROWS - there} of {ROWS} rows" in refused.stderr
 
     said = cli("cache-signals", *words, COLUMNS="200").stdout
-    assert f"signals of big: {ROWS - there} of {ROWS - there}" in said
+    assert f"signals of big (kept): {ROWS - there} of {ROWS - there}" in said
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}.items()
     line = next(line for line in said.splitlines() if line.startswith("kept "))
     assert line.split()[1:3] == [str(ROWS), str(there)]
@@ -100,20 +100,14 @@ def test_a_cache_that_is_killed_goes_on_and_is_complete(cli: Any, start: Any, re
     assert f"{torn.name}: this shard of the cache is damaged" in refused.stderr
 
 
-@pytest.mark.parametrize("payload", ["{kind: top_k, k: 8}", "{kind: sampled}"])
-def test_two_processes_write_what_one_writes(cli: Any, recipe: str, tmp_path: Path, payload: str) -> None:
-    words = (recipe, *LABELS, f"teachers.kept.payload={payload}")
-    for run in ("one", "two"):
-        cli("generate-rationales", *words, f"run_dir={run}")
-    cli("cache-signals", *words, "run_dir=one")
+def _in_two_processes(folder: Path, *words: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "distill_llm"]
     done = subprocess.run(
-        [*command, "cache-signals", *words, "run_dir=two"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "distill_llm", *words],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -121,11 +115,25 @@ def test_two_processes_write_what_one_writes(cli: Any, recipe: str, tmp_path: Pa
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("payload", ["{kind: top_k, k: 8}", "{kind: sampled}"])
+def test_two_processes_write_and_learn_what_one_does(cli: Any, recipe: str, tmp_path: Path, payload: str) -> None:
+    more = ("student.config.dropout_rate=0.0", "train.rows_per_batch=4")
+    words = (recipe, *LABELS, *more, f"teachers.kept.payload={payload}")
+    for run in ("one", "two"):
+        cli("generate-rationales", *words, f"run_dir={run}")
+    for command in ("cache-signals", "train"):
+        cli(command, *words, "run_dir=one")
+        _in_two_processes(tmp_path, command, *words, "run_dir=two")
     one, two = (Shards(tmp_path / run / "signals/kept") for run in ("one", "two"))
     assert {path.name[:8] for path in (tmp_path / "two/signals/kept").glob("shard-*")} == {"shard-0-", "shard-1-"}
-    keys = sorted(one._places)
-    assert keys == sorted(two._places)
-    assert len(keys) == ROWS
+    files = (tmp_path / "one/signals/kept").glob("shard-*")
+    keys = sorted(key for path in files for key in load_file(path)["row_keys"].tolist())
+    assert len(keys) == len(one) == len(two) == ROWS
     for name, column in one.read(keys)[0].items():
         other = two.read(keys)[0][name]
         assert (column == other).mean() > 0.999, f"{name}: batches differ, and with them a rounding here and there"
+    weights = [load_file(tmp_path / run / "models/student/model/model.safetensors") for run in ("one", "two")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
