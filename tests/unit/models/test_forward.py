@@ -134,7 +134,7 @@ def test_packing_changes_neither_loss_nor_gradients(
 
 
 @pytest.mark.parametrize("keep", [[True, False, True, False, False, True], [False, True, True, False, False, False]])
-@pytest.mark.parametrize("collate", [Collator(0, 0, 1024), Collator(0, None, packs=True)])
+@pytest.mark.parametrize("collate", [Collator(0, 0, 2048), Collator(0, None, packs=True)])
 def test_selected_rows_have_the_layout_that_they_would_have_alone(collate: Collator, keep: list[bool]) -> None:
     got = select_rows(collate(ROWS), torch.tensor(keep))
     expected = collate([row for row, kept in zip(ROWS, keep, strict=True) if kept])
@@ -147,6 +147,6 @@ def test_selected_rows_have_the_layout_that_they_would_have_alone(collate: Colla
 
 def test_a_batch_that_would_gain_nothing_has_no_layout() -> None:
     labels = [row for row in ROWS if row.target == "label"]
-    assert not parts_of(Collator(0, 0, 1024)(labels), ENCODER)
-    part = select_rows(Collator(0, 0, 1024)(ROWS), torch.tensor([False] * 6))
+    assert not parts_of(Collator(0, 0, 2048)(labels), ENCODER)
+    part = select_rows(Collator(0, 0, 2048)(ROWS), torch.tensor([False] * 6))
     assert not parts_of(part, ENCODER)
