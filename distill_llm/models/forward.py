@@ -51,8 +51,8 @@ def forward(model: Any, batch: Batch, **options: Any) -> Passed:
         if PACKED in batch:
             return _packed(model, batch, options)
         if encoders := parts_of(batch, ENCODER):
-            decoders = parts_of(batch, DECODER)
-            with running_in_parts(model, encoders, decoders, parts_of(batch, READS)):
+            decoders, reads = parts_of(batch, DECODER), parts_of(batch, READS)
+            with running_in_parts(model, encoders, decoders, reads) as (encoders, decoders):
                 outputs = model(**inputs, **options)
             _encoder_by_rows(outputs, encoders, batch)
             return _passed(outputs, decoders, batch["decoder_input_ids"])

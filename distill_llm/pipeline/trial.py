@@ -92,7 +92,8 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     if done.exists():
         return read_json(done)
     trainer = make_trial_trainer(trial)
-    computes = choose_precision(trial.recipe.train.precision, trainer.model)
+    model: Any = trainer.model
+    computes = choose_precision(trial.recipe.train.precision, model)
     progress.say(f"{trial.name}: computes in {computes.name} ({computes.why})")
     trained = fit(trainer, trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
     result = asdict(trained) | {"learning_rate": trial.learning_rate, "precision": computes.name}

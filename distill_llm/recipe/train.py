@@ -53,8 +53,8 @@ class TrainSpec(Component):
     max_target_tokens: int = Field(default=256, gt=1)
     precision: Precision = Field(
         default="auto",
-        description="auto: bfloat16 on a GPU that has it, and on a CPU that has it where the student is large enough to "
-        "gain; float32 elsewhere",
+        description="auto: bfloat16 on a GPU that has it, and on a CPU that has it where the student is large enough "
+        "to gain; float32 elsewhere",
     )
     gradient_checkpointing: bool = False
     validate_every: int = Field(default=0, ge=0, description="steps between validations; 0: ten times a training")
