@@ -5,6 +5,7 @@ B rows, T positions, N tokens, D hidden size, S places of all parts of a batch i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,12 @@ def _packed(model: Any, batch: Batch, options: dict[str, Any]) -> Passed:
     return _passed(outputs, [places], tokens)
 
 
-def _passed(outputs: Any, parts: list[Tensor], tokens: Int[Tensor, "B T"]) -> Passed:
+def _passed(outputs: Any, parts: Sequence[Tensor], tokens: Int[Tensor, "B T"]) -> Passed:
     total = sum(part.numel() for part in parts)
     return Passed(outputs, (1, total), places_in_parts(parts, tokens.numel()), tokens.size(1))
 
 
-def _encoder_by_rows(outputs: Any, encoders: list[Tensor], batch: Batch) -> None:
+def _encoder_by_rows(outputs: Any, encoders: Sequence[Tensor], batch: Batch) -> None:
     """Lays the encoder's states out like the batch's inputs where they were asked for; elsewhere they are left out."""
     states, last = outputs.get("encoder_hidden_states"), outputs.get("encoder_last_hidden_state")
     if last is not None:
