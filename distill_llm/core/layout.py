@@ -20,8 +20,8 @@ INPUT = "distinct_input"
 
 
 def part_tokens_for(device: str) -> int:
-    """Tokens of one part. A processor's cache holds no more; a GPU wants large parts, and few of them."""
-    return 1024 if device == "cpu" else 16384
+    """Tokens of one part. A processor's cache holds no more (docs/log.md); a GPU wants few and large ones (a guess)."""
+    return 2048 if device == "cpu" else 16384
 
 
 def is_layout(name: str) -> bool:

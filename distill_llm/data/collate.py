@@ -58,7 +58,7 @@ class Collator:
 
     def _layout(self, rows: Sequence[Row]) -> Batch:
         if self.decoder_start_token_id is None:
-            return packed_layout([row.num_tokens for row in rows]) if self.packs else {}
+            return packed_layout([len(row.input_ids) + len(row.label_ids) for row in rows]) if self.packs else {}
         if not self.part_tokens:
             return {}
         first: dict[tuple[int, ...], int] = {}

@@ -100,8 +100,8 @@ def forward(model: Any, batch: Batch, reading: Reading = LOGITS) -> Passed:
         if PACKED in batch:
             return _packed(model, batch, options)
         if encoders := parts_of(batch, ENCODER):
-            decoders = parts_of(batch, DECODER)
-            with running_in_parts(model, encoders, decoders, parts_of(batch, READS)):
+            decoders, reads = parts_of(batch, DECODER), parts_of(batch, READS)
+            with running_in_parts(model, encoders, decoders, reads) as (encoders, decoders):
                 outputs = model(**inputs, **options)
             _encoder_by_rows(outputs, encoders, batch)
             return _passed(outputs, decoders, batch["decoder_input_ids"])
@@ -117,12 +117,12 @@ def _packed(model: Any, batch: Batch, options: dict[str, Any]) -> Passed:
     return _passed(outputs, [places], tokens)
 
 
-def _passed(outputs: Any, parts: list[Tensor], tokens: Int[Tensor, "B T"]) -> Passed:
+def _passed(outputs: Any, parts: Sequence[Tensor], tokens: Int[Tensor, "B T"]) -> Passed:
     total = sum(part.numel() for part in parts)
     return Passed(outputs, (1, total), places_in_parts(parts, tokens.numel()), tokens.size(1))
 
 
-def _encoder_by_rows(outputs: Any, encoders: list[Tensor], batch: Batch) -> None:
+def _encoder_by_rows(outputs: Any, encoders: Sequence[Tensor], batch: Batch) -> None:
     """Lays the encoder's states out like the batch's inputs where they were asked for; elsewhere they are left out."""
     states, last = outputs.get("encoder_hidden_states"), outputs.get("encoder_last_hidden_state")
     if last is not None:

@@ -42,18 +42,34 @@ class LoadedModel:
 def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
     """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
     if spec.config:
-        return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer)
+        model = _fresh_model(spec.config, tokenizer, f"{where}.config")
+        _set_attention(model, spec, where)
+        return LoadedModel(model, tokenizer)
     model = load_model(spec.model, spec.revision, where=f"{where}.model")
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
             "Remove `tokenizer` to use the model's own."
         )
+    _set_attention(model, spec, where)
     if spec.lora is not None:
         from distill_llm.models.lora import add_lora
 
         model = add_lora(model, spec.lora, spec.revision)
     return LoadedModel(model, tokenizer)
+
+
+def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
+    if spec.attention == "auto":
+        return
+    try:
+        model.set_attn_implementation(spec.attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{where}.attention: {type(model).__name__} cannot have '{spec.attention}' here: {reason} Remove "
+            "`attention`, or install what it needs."
+        ) from None
 
 
 def check_student(spec: StudentSpec, *, where: str = "student") -> None:

@@ -25,17 +25,17 @@ def check_packing(model: Any) -> None:
     size = model.get_input_embeddings().weight.size(0)
     rows = torch.tensor([[1 % size, 2 % size, 3 % size, 4 % size]], device=model.device)
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
-    was_training = model.training
+    was_training, rough = model.training, gains_by_packing(model)  # such kernels know 16 bits only
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=rough):
             alone = model(input_ids=rows[:, 2:], use_cache=False).logits.float()
             packed = model(input_ids=rows, position_ids=positions, use_cache=False).logits[:, 2:].float()
     except TypeError as error:
         raise _cannot(model, str(error)) from None
     finally:
         model.train(was_training)
-    if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-3):
+    if (packed - alone).abs().max() > (2e-2 if rough else 1e-4) * alone.abs().max():
         raise _cannot(model, "a row saw the one before it")
 
 

@@ -21,23 +21,65 @@ _INSTEAD = "Set `train.packing: never`, which pads all rows of a batch to the lo
 @contextmanager
 def running_in_parts(
     model: Any, encoders: Sequence[Int[Tensor, "n w"]], decoders: Sequence[Int[Tensor, "n w"]], reads: Sequence[Tensor]
-) -> Iterator[None]:
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """While it lasts, the model's encoder and decoder run on parts of the batch that they get (``core/layout.py``).
 
     What they give back is [1, S, D], one part behind the other. The wrapped model is called once, as wrappers that
-    reduce gradients over processes need it; that its stacks run several times is their own affair.
+    reduce gradients over processes need it; that its stacks run several times is their own affair. Where layers fetch
+    their weights from other processes, all have to run them equally often: then each stack runs once, and pads. Yields
+    the parts of encoder and decoder as they are run.
     """
     from accelerate.utils import extract_model_from_parallel
 
     inner: Any = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     inner = inner.get_base_model() if hasattr(inner, "peft_config") else inner
     encoder, decoder = inner.get_encoder(), inner.get_decoder()
+    if _run_alike(encoder) or _run_alike(decoder):
+        # What the decoder reads are places among those of the encoder's parts, which move.
+        moved = _moved(encoders)
+        encoders, decoders = [_merged(encoders)], [_merged(decoders)]
+        reads = [merged.where(merged < 0, moved[merged.clamp_min(0)]) for merged in [_merged(reads)]]
     stacks = _Stacks(type(inner).__name__, encoder.forward, decoder.forward, encoders, decoders, reads)
     encoder.forward, decoder.forward = stacks.encode, stacks.decode
     try:
-        yield
+        yield encoders, decoders
     finally:
         del encoder.forward, decoder.forward
+
+
+def _run_alike(stack: Any) -> bool:
+    """Whether layers of a stack fetch their weights when they are called (FSDP, DeepSpeed's third stage)."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(part, sharded) for part in stack.modules()) or any(
+        hasattr(weight, "ds_id") for weight in stack.parameters()
+    )
+
+
+def _merged(parts: Sequence[Int[Tensor, "n w"]]) -> Int[Tensor, "n w"]:
+    """One part of all rows, padded to the widest."""
+    import torch
+    from torch.nn.functional import pad
+
+    width = max(part.size(1) for part in parts)
+    return torch.cat([pad(part, (0, width - part.size(1)), value=-1) for part in parts])
+
+
+def _moved(parts: Sequence[Int[Tensor, "n w"]]) -> Int[Tensor, " S"]:
+    """Where each place among those of all parts goes when they are merged."""
+    import torch
+
+    width, rows, found = max(part.size(1) for part in parts), 0, []
+    for part in parts:
+        places = torch.arange(len(part) * width, device=part.device).view(len(part), width)
+        found.append((rows * width + places[:, : part.size(1)]).flatten())
+        rows += len(part)
+    return torch.cat(found)
 
 
 class _Stacks:

@@ -47,6 +47,7 @@ class Prefixes(Component):
         return getattr(self, target)
 
 
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PrefixSide = Literal["encoder", "decoder"]
 HubConfig: TypeAlias = dict[str, JsonValue]
 """A Hugging Face model config: open by nature, checked against the config class of its ``model_type``."""
@@ -67,6 +68,9 @@ class StudentSpec(Component):
         default="encoder",
         description="decoder: the prefix begins what the decoder reads, so that one pass of the encoder serves all "
         "targets of an example; encoder-decoder students only",
+    )
+    attention: Attention = Field(
+        default="auto", description="how attention is computed while it is trained; auto: as transformers chooses"
     )
     chat: bool = Field(default=False, description="wrap the input in the tokenizer's chat template")
 

@@ -174,10 +174,13 @@ def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
 def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> None:
     from distill_llm.models.generate import default_device
     from distill_llm.training.arguments import rows_per_batch
+    from distill_llm.training.precision import choose_precision
     from distill_llm.training.train import collator_for
 
     student.model.to(default_device())
     recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
+    computes = choose_precision(recipe.train.precision, student.model)
+    diagnosis.note("ok", "precision", f"a training computes in {computes.name}: {computes.why}")
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:

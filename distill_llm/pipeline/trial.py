@@ -89,13 +89,18 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
 def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains, or gives what an earlier training came to. Raises Interrupted after a signal."""
     from distill_llm.core.processes import is_main_process
+    from distill_llm.training.precision import choose_precision
     from distill_llm.training.train import fit
 
     done = trial.folder / "trained.json"
     if done.exists():
         return read_json(done)
-    trained = fit(make_trial_trainer(trial), trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
-    result = asdict(trained) | {"learning_rate": trial.learning_rate}
+    trainer = make_trial_trainer(trial)
+    model: Any = trainer.model
+    computes = choose_precision(trial.recipe.train.precision, model)
+    progress.say(f"{trial.name}: computes in {computes.name} ({computes.why})")
+    trained = fit(trainer, trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
+    result = asdict(trained) | {"learning_rate": trial.learning_rate, "precision": computes.name}
     if is_main_process():
         write_json(done, result)
     return result

@@ -11,6 +11,7 @@ from distill_llm.core.example import Target
 
 Optimizer = Literal["adamw", "adafactor"]
 Packing = Literal["auto", "always", "never"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class TrainSpec(Component):
@@ -50,8 +51,10 @@ class TrainSpec(Component):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_input_tokens: int = Field(default=1024, gt=1)
     max_target_tokens: int = Field(default=256, gt=1)
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    precision: Precision = Field(
+        default="auto",
+        description="auto: bfloat16 on a GPU that has it, and on a CPU that has it where the student is large enough "
+        "to gain; float32 elsewhere",
     )
     gradient_checkpointing: bool = False
     validate_every: int = Field(default=0, ge=0, description="steps between validations; 0: ten times a training")

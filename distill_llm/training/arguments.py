@@ -76,11 +76,18 @@ def make_sampler(
 
 
 def make_arguments(
-    spec: TrainSpec, folder: Path, *, max_steps: int, seed: int, validates: bool, micro_batches: int = 0
+    spec: TrainSpec,
+    folder: Path,
+    *,
+    max_steps: int,
+    seed: int,
+    validates: bool,
+    micro_batches: int = 0,
+    bfloat16: bool = False,
 ) -> DistillArguments:
     """Arguments of one training in ``folder``. Raises ConfigError where the step cannot be shared among the ranks.
 
-    ``micro_batches``: those of one rank in a step, where they are not cut by rows.
+    ``micro_batches``: those of one rank in a step, where they are not cut by rows. ``bfloat16``: by autocast.
     """
     part = spec.rows_per_step // world_size()
     micro_batches = micro_batches or part // rows_per_batch(spec)
@@ -98,7 +105,7 @@ def make_arguments(
         chunk_tokens=spec.chunk_tokens,
         diagnostics=spec.diagnostics,
         gradient_checkpointing=spec.gradient_checkpointing,
-        bf16=_wants_bfloat16(spec),
+        bf16=bfloat16,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
@@ -120,12 +127,6 @@ def make_arguments(
         log_level="error",
         log_level_replica="error",
     )
-
-
-def _wants_bfloat16(spec: TrainSpec) -> bool:
-    if spec.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return spec.precision == "bfloat16"
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ from distill_llm.teachers.base import TensorTeacher
 from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
+from distill_llm.training.precision import choose_precision
 from distill_llm.training.trainer import DistillTrainer, Validate
 
 
@@ -66,6 +67,7 @@ def make_trainer(
         seed=seed,
         validates=validate is not None,
         micro_batches=sampler.micro_batches,
+        bfloat16=choose_precision(spec.precision, student.model).bfloat16,
     )
     with storage(checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)

@@ -106,8 +106,9 @@ def _model(name: str, seed: int = 1, **changes: Any) -> Any:
     return model
 
 
-def _batch(model: Any, rows: Sequence[Row] = ROWS) -> Batch:
-    return Collator(0, 0 if model.config.is_encoder_decoder else None)(rows)
+def _batch(model: Any, rows: Sequence[Row] = ROWS, *, laid_out: bool = False) -> Batch:
+    start = 0 if model.config.is_encoder_decoder else None
+    return Collator(0, start, part_tokens=8 * laid_out, packs=laid_out)(rows)
 
 
 Outcome = tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -363,7 +364,7 @@ def _steps(model: Any, teachers: dict[str, Any], chunk_tokens: int, rank: int | 
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.5)
     for number, shares in enumerate(STEPS, start=1):
         whole = _batch(model, [row for share in shares for row in share])
-        batch = whole if rank is None else _batch(model, shares[rank])
+        batch = whole if rank is None else _batch(model, shares[rank], laid_out=True)
         ((said, taught),) = StepByStep().compare(wrapped, teachers, batch, SHARED, head)
         loss, _ = SHARED(said, taught, SHARED.counts(whole))
         loss = loss + anchor_of(wrapped)
@@ -415,8 +416,8 @@ def train_in_processes(way: str, name: str, folder: str) -> None:
     ],
 )
 def test_two_processes_learn_what_one_learns_from_all_logits(way: str, name: str, tmp_path: Path) -> None:
-    """``fsdp`` shards the head with the root, as accelerate does; the others take its weights away after the forward
-    pass, with the root's or as a unit of its own."""
+    """In parts or packed, against padded rows. ``fsdp`` shards the head with the root, as accelerate does; the others
+    take its weights away after the forward pass, with the root's or as a unit of its own."""
     model, teachers = _student(name)
     fresh = copy.deepcopy(model.state_dict())
     _steps(model, teachers, 0, None)

@@ -185,12 +185,12 @@ class Keep(TrainerCallback):
         kept.append(logs)
 
 
-for tokens in (0, 75):
+for tokens, packing in ((0, "auto"), (50, "auto"), (0, "never")):
     model = AutoModelForSeq2SeqLM.from_pretrained("student")
     student = LoadedModel(model, AutoTokenizer.from_pretrained("student"))
     spec = TrainSpec(max_steps=3, rows_per_step=8, rows_per_batch=2, tokens_per_batch=tokens, validate_every=1,
-                     learning_rate=1e-2, optimizer="adafactor")
-    folder, kept = Path(sys.argv[1]) / str(tokens), []
+                     learning_rate=1e-2, optimizer="adafactor", packing=packing)
+    folder, kept = Path(sys.argv[1]) / f"{tokens}-{packing}", []
     trainer = make_trainer(student, rows, spec=spec, max_steps=3, scheme=StepByStep(), objective=Objective(terms),
                            teachers={"big": FrozenTeacher(teacher)}, validate=None, folder=folder, seed=3)
     trainer.add_callback(Keep())
@@ -206,7 +206,8 @@ for tokens in (0, 75):
 def test_neither_processes_nor_cuts_change_the_update_or_the_logs(
     tiny_t5: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
-    """Cut by rows and by padded tokens, in one process and in two: four trainings, one result."""
+    """Cut by rows and by padded tokens, each input read once and padded to the longest, in one process and in two: six
+    trainings, one result."""
     for name, seed in (("student", 1), ("teacher", 2)):
         model = tiny_t5(seed=seed)
         model.model.save_pretrained(tmp_path / name)
@@ -226,8 +227,8 @@ def test_neither_processes_nor_cuts_change_the_update_or_the_logs(
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
-        results += [torch.load(tmp_path / folder / cut / "after.pt") for cut in ("0", "75")]
-    assert [result["cuts"] for result in results] == [4, 3, 2, 2]
+        results += [torch.load(tmp_path / folder / cut / "after.pt") for cut in ("0-auto", "50-auto", "0-never")]
+    assert [result["cuts"] for result in results] == [4, 3, 4, 2, 2, 2]
     first = results[0]
     assert {"agreement_soft", "teacher_entropy_soft", "gradient_share_soft", "tokens_soft"} <= set(first["logs"][0])
     for other in results[1:]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.core.features import Reading
 from distill_llm.core.layout import DECODER, ENCODER, PACKED, parts_of
 from distill_llm.core.signals import select_rows
@@ -18,15 +19,16 @@ from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
 from distill_llm.models.forward import forward
 from distill_llm.models.head import OutputHead
+from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.frozen import FrozenTeacher
+from distill_llm.training.train import collator_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distill_llm.core.signals import Batch
-    from distill_llm.models.load import LoadedModel
 
 ROWS = [
     Row(0, "label", [5, 6, 7, 8, 9], [6, 1], prefix_ids=[3]),
@@ -134,8 +136,42 @@ def test_packing_changes_neither_loss_nor_gradients(
     assert sizes == [(6, 10), (1, sum(row.num_tokens - len(row.prefix_ids) for row in ROWS))]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 2}),
+    ],
+)
+def test_a_model_that_mixes_packed_rows_is_refused(
+    model_type: str, sizes: dict[str, Any], tiny_llama: Callable[..., LoadedModel]
+) -> None:
+    """One has no positions, the other no attention; padded, both can be trained."""
+    tokenizer = tiny_llama().tokenizer
+    config = AutoConfig.for_model(model_type, vocab_size=40, **sizes)
+    student = LoadedModel(AutoModelForCausalLM.from_config(config), tokenizer)
+    with pytest.raises(ConfigError, match=r"train\.packing: \w+ cannot read several rows as one sequence"):
+        collator_for(student, packing="always")
+    assert not collator_for(student, packing="auto").packs
+
+
+def test_rows_are_packed_where_it_is_asked_for_or_pays(
+    tiny_llama: Callable[..., LoadedModel], tiny_t5: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama, t5 = tiny_llama(), tiny_t5()
+    assert collator_for(llama, packing="always").packs
+    assert not collator_for(llama, packing="auto").packs, "sdpa computes what it masks"
+    assert collator_for(t5, packing="auto").part_tokens > 0
+    assert collator_for(t5, packing="never").part_tokens == 0
+    monkeypatch.setattr("distill_llm.training.train.check_packing", lambda model: None)
+    for attention in ("flash_attention_2", "flex_attention"):
+        monkeypatch.setattr(llama.model.config, "_attn_implementation_internal", attention)
+        assert collator_for(llama, packing="auto").packs
+        assert not collator_for(llama, packing="never").packs
+
+
 @pytest.mark.parametrize("keep", [[True, False, True, False, False, True], [False, True, True, False, False, False]])
-@pytest.mark.parametrize("collate", [Collator(0, 0, 1024), Collator(0, None, packs=True)])
+@pytest.mark.parametrize("collate", [Collator(0, 0, 2048), Collator(0, None, packs=True)])
 def test_selected_rows_have_the_layout_that_they_would_have_alone(collate: Collator, keep: list[bool]) -> None:
     got = select_rows(collate(ROWS), torch.tensor(keep))
     expected = collate([row for row, kept in zip(ROWS, keep, strict=True) if kept])
@@ -148,6 +184,6 @@ def test_selected_rows_have_the_layout_that_they_would_have_alone(collate: Colla
 
 def test_a_batch_that_would_gain_nothing_has_no_layout() -> None:
     labels = [row for row in ROWS if row.target == "label"]
-    assert not parts_of(Collator(0, 0, 1024)(labels), ENCODER)
-    part = select_rows(Collator(0, 0, 1024)(ROWS), torch.tensor([False] * 6))
+    assert not parts_of(Collator(0, 0, 2048)(labels), ENCODER)
+    part = select_rows(Collator(0, 0, 2048)(ROWS), torch.tensor([False] * 6))
     assert not parts_of(part, ENCODER)

@@ -1,4 +1,4 @@
-"""A prefix that the decoder reads: what is written behind it, and that it teaches what plain transformers shows."""
+"""Options of a student: a prefix that the decoder reads, as plain transformers shows it, and its attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill_llm.core.signals import model_inputs
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.models.generate import Generator
-from distill_llm.models.load import check_student
+from distill_llm.models.load import build_student, check_student
 from distill_llm.models.spec import StudentSpec
 
 if TYPE_CHECKING:
@@ -68,6 +68,18 @@ def test_training_sees_the_tokens_that_generation_starts_with(tiny_t5: Callable[
         return_dict_in_generate=True,
     )
     torch.testing.assert_close(out.logits[0][0], logits[first], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_as_the_recipe_says(tiny_llama: Callable[..., LoadedModel]) -> None:
+    tokenizer = tiny_llama().tokenizer
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    asked = {"config": {"model_type": "llama", **sizes}, "tokenizer": {"kind": "words"}}
+    for attention in ("eager", "sdpa"):
+        spec = StudentSpec.model_validate(asked | {"attention": attention})
+        assert build_student(spec, tokenizer).model.config._attn_implementation == attention
+    spec = StudentSpec.model_validate(asked | {"attention": "flash_attention_3"})
+    with pytest.raises(ConfigError, match=r"student\.attention: LlamaForCausalLM cannot have 'flash_attention_3' here"):
+        build_student(spec, tokenizer)
 
 
 def test_a_decoder_only_student_has_one_side() -> None:
