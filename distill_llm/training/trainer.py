@@ -37,6 +37,7 @@ class DistillTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # the objective divides by counts of the whole accumulated batch
+    _watch: Watch | None = None
 
     def __init__(
         self,
@@ -68,7 +69,6 @@ class DistillTrainer(Trainer):
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
         self._means, self._means_steps = dict[str, Tensor](), 0
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
-        self._watch: Watch | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
