@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_llm.pipeline.run import evaluate, generate_rationales, run, student_trainer, train
+    from distill_llm.pipeline.run import cache_signals, evaluate, generate_rationales, run, student_trainer, train
     from distill_llm.recipe.load import load_recipe
     from distill_llm.training.trainer import DistillTrainer
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillTrainer",
     "__version__",
+    "cache_signals",
     "evaluate",
     "generate_rationales",
     "load_recipe",
@@ -23,6 +24,7 @@ __all__ = [
 
 _HOME = {
     "load_recipe": "distill_llm.recipe.load",
+    "cache_signals": "distill_llm.pipeline.run",
     "generate_rationales": "distill_llm.pipeline.run",
     "train": "distill_llm.pipeline.run",
     "evaluate": "distill_llm.pipeline.run",

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from distill_llm.core.component import Component, any_of
 from distill_llm.core.example import TARGETS, Target
+from distill_llm.core.features import LOGITS, Features, Reading, Side, all_of
 from distill_llm.core.schedule import Schedule, number_at
 from distill_llm.core.signals import (
     IGNORE_INDEX,
@@ -22,15 +23,21 @@ from distill_llm.core.signals import (
     TargetSignals,
     aligned_labels,
 )
-from distill_llm.losses.base import Loss
+from distill_llm.core.sparse import SparseSignals
+from distill_llm.losses.base import Loss, TermLoss
+from distill_llm.losses.layers import FeatureLoss
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    AnyLoss: TypeAlias = Loss
+    AnyLoss: TypeAlias = TermLoss
 else:
-    AnyLoss = any_of(Loss, "distill_llm.losses")
+    AnyLoss = any_of(TermLoss, "distill_llm.losses")
+
+
+Taught: TypeAlias = Signals | SparseSignals
+"""What a teacher says of some tokens: all its words, or those that were kept."""
 
 
 class Term(Component):
@@ -66,18 +73,32 @@ class Term(Component):
         """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
         return self.model_copy(update={"weight": number_at(self.weight, progress), "loss": self.loss.at(progress)})
 
-    def of_each(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
+    @property
+    def layers(self) -> FeatureLoss | None:
+        """Its loss, where that looks at layers and not at logits."""
+        return self.loss if isinstance(self.loss, FeatureLoss) else None
+
+    @property
+    def side(self) -> Side:
+        """Whose tokens it looks at: those of an encoder are the input's, and not supervised."""
+        return "decoder" if self.layers is None else self.layers.side
+
+    def of_each(self, student: Signals | Features, teacher: Taught | Features | None) -> Float[Tensor, " N"]:
         """The loss of each of the term's tokens, times what its row counts."""
-        if teacher is not None:
-            width = teacher.logits.size(-1)
-            student, teacher = student.narrowed(width), teacher.narrowed(width)
-        losses = self.loss(student, teacher)
+        if isinstance(student, Features):
+            assert self.layers is not None
+            assert isinstance(teacher, Features)
+            losses = self.layers(student, teacher, student.heads.get(self.name, ()))
+        else:
+            assert isinstance(self.loss, Loss)
+            assert not isinstance(teacher, Features)
+            losses = _on_logits(self.loss, student, teacher)
         if self.row_weight == "equal" or student.agreement is None:
             return losses
         return losses * student.agreement
 
     def mean_of(
-        self, student: Signals, teacher: Signals | None, count: Int[Tensor, ""]
+        self, student: Signals | Features, teacher: Taught | Features | None, count: Int[Tensor, ""]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """What these tokens, of ``count`` in all, add to the loss; and to the term's mean, without a gradient."""
         weight = self.weight
@@ -93,9 +114,21 @@ class Term(Component):
         return owned
 
 
-Watch = Callable[[Term, Signals, "Signals | None", "Tensor"], None]
+Watch = Callable[[Term, Signals, "Taught | None", "Tensor"], None]
 """Looks on while a loss is made: a term, what student and teacher say of some of its tokens, and what these add to the
 loss, with its graph."""
+
+
+def _on_logits(loss: Loss, student: Signals, teacher: Taught | None) -> Float[Tensor, " N"]:
+    if isinstance(teacher, SparseSignals):
+        return loss.of_sparse(student.narrowed(teacher.width), teacher)
+    if teacher is None:
+        return loss(student, None)
+    if not loss.any_tokenizer:
+        width = teacher.logits.size(-1)
+        student, teacher = student.narrowed(width), teacher.narrowed(width)
+    losses = loss(student, teacher)
+    return losses if teacher.known is None else losses * teacher.known
 
 
 def targets_of(terms: Iterable[Term]) -> tuple[Target, ...]:
@@ -115,7 +148,7 @@ class _Chunk:
     stop: int
     first: int
     terms: tuple[int, ...]
-    teachers: Mapping[str, Signals | TargetSignals]
+    teachers: Mapping[str, Taught | TargetSignals]
 
 
 class Objective:
@@ -135,11 +168,14 @@ class Objective:
         return Objective([term.at(progress) for term in self.terms if progress < term.until])
 
     def counts(self, batch: Batch) -> Int[Tensor, " K"]:
-        """Supervised tokens of each term in one batch."""
+        """Tokens of each term in one batch: supervised ones, or the input's for a term on an encoder."""
         import torch
 
-        per_row = (aligned_labels(batch) != IGNORE_INDEX).sum(1)
-        return torch.stack([(per_row * term.owns(batch["targets"])).sum() for term in self.terms])
+        per_row = {
+            "decoder": (aligned_labels(batch) != IGNORE_INDEX).sum(1),
+            "encoder": batch["attention_mask"].sum(1),
+        }
+        return torch.stack([(per_row[term.side] * term.owns(batch["targets"])).sum() for term in self.terms])
 
     def rows_for(self, teacher: str, batch: Batch) -> Bool[Tensor, " B"]:
         """The rows about which some term asks this teacher."""
@@ -151,6 +187,11 @@ class Objective:
                 wanted = wanted | term.owns(batch["targets"])
         return wanted
 
+    def reading(self, teacher: str | None = None) -> Reading:
+        """What the terms need besides logits, of one teacher, or of the student."""
+        asked = [term.layers.reading for term in self.terms if term.layers and teacher in (None, term.teacher)]
+        return all_of(asked) if asked else LOGITS
+
     def asks(self, teacher: str) -> frozenset[int]:
         """The targets (index into TARGETS) about which some term asks this teacher."""
         return frozenset(
@@ -160,7 +201,7 @@ class Objective:
     def __call__(
         self,
         student: Signals | LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -168,16 +209,55 @@ class Objective:
 
         A student's lazy signals are gone through in chunks: the same loss and gradients, but for rounding.
         """
+        deep, deep_means = self._of_layers(student, teachers, counts)
         if isinstance(student, LazySignals):
-            return self._in_chunks(student, teachers, counts, watch)
+            total, means = self._in_chunks(student, teachers, counts, watch)
+        else:
+            total, means = self._at_once(student, teachers, counts, watch)
+        return (total + deep if deep_means else total), means | deep_means
+
+    def _of_layers(
+        self,
+        student: Signals | LazySignals,
+        teachers: Mapping[str, Taught | LazySignals],
+        counts: Int[Tensor, " K"],
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The terms on layers. Their states are there anyway, so that nothing is gained by chunks."""
+        import torch
+
+        total = counts.new_zeros((), dtype=torch.float32)
+        means: dict[str, Tensor] = {}
+        for term, count in zip(self.terms, counts, strict=True):
+            if term.layers is None:
+                continue
+            said = student.features[term.side]
+            said = said.where(term.owns(said.targets))
+            means[term.name] = torch.zeros_like(total)
+            if len(said.targets):  # else its teacher was not asked
+                everything = teachers[term.teacher or ""]
+                assert not isinstance(everything, SparseSignals), "the recipe was checked"
+                taught = everything.features[term.side]
+                part, means[term.name] = term.mean_of(said, taught.where(term.owns(taught.targets)), count)
+                total = total + part
+        return total, means
+
+    def _at_once(
+        self,
+        student: Signals,
+        teachers: Mapping[str, Taught | LazySignals],
+        counts: Int[Tensor, " K"],
+        watch: Watch | None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         total = student.logits[:0].float().sum()  # zero: keeps the graph alive when no term has a token here
         means: dict[str, Tensor] = {}
         for term, count in zip(self.terms, counts, strict=True):
+            if term.layers is not None:
+                continue
             said = student.where(term.owns(student.targets))
             taught = None
             if term.teacher is not None:
                 everything = teachers[term.teacher]
-                assert isinstance(everything, Signals), "lazy signals belong beside lazy ones"
+                assert not isinstance(everything, LazySignals), "lazy signals belong beside lazy ones"
                 taught = everything.where(term.owns(everything.targets))
             part, means[term.name] = term.mean_of(said, taught, count)
             if watch is not None:
@@ -188,7 +268,7 @@ class Objective:
     def _in_chunks(
         self,
         student: LazySignals,
-        teachers: Mapping[str, Signals | LazySignals],
+        teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -215,15 +295,25 @@ class Objective:
 
         spans = [(chunk.start, chunk.stop) for chunk in chunks]
         total, means = summed_in_chunks(student, spans, loss_of, len(self.terms))
-        return total, {term.name: mean for term, mean in zip(self.terms, means.unbind(), strict=True)}
+        found = zip(self.terms, means.unbind(), strict=True)
+        return total, {term.name: mean for term, mean in found if term.layers is None}
 
-    def _chunks(self, student: LazySignals, teachers: Mapping[str, Signals | LazySignals]) -> Iterator[_Chunk]:
-        """All tokens of a chunk belong to the same terms, because they are of one target."""
+    def _chunks(self, student: LazySignals, teachers: Mapping[str, Taught | LazySignals]) -> Iterator[_Chunk]:
+        """All tokens of a chunk belong to the same terms, because they are of one target.
+
+        A teacher may have many more words than the student: the one with the smallest chunks decides.
+        """
         for target, (start, stop) in student.tokens.spans.items():
-            terms = tuple(index for index, term in enumerate(self.terms) if TARGETS[target] in term.targets)
+            terms = tuple(
+                index
+                for index, term in enumerate(self.terms)
+                if TARGETS[target] in term.targets and term.layers is None
+            )
             if not terms:
                 continue
             names = {self.terms[index].teacher for index in terms} - {None}
             said = {name: teachers[name].of_target(target) for name in names if name is not None}
-            for at in range(start, stop, student.chunk_tokens):
-                yield _Chunk(at, min(at + student.chunk_tokens, stop), at - start, terms, said)
+            lazy = [one.signals.chunk_tokens for one in said.values() if isinstance(one, TargetSignals)]
+            size = min([student.chunk_tokens, *lazy])
+            for at in range(start, stop, size):
+                yield _Chunk(at, min(at + size, stop), at - start, terms, said)

@@ -32,9 +32,12 @@ torch.set_num_threads(1)
 _SHAPE_CHECKED = tuple(
     f"distill_llm.{name}"
     for name in (
+        "core.features",
         "core.layout",
         "core.signals",
+        "core.sparse",
         "models.forward",
+        "models.layers",
         "models.head",
         "losses",
         "objective",
@@ -44,11 +47,15 @@ _SHAPE_CHECKED = tuple(
 )
 # Each module stands behind those whose names it writes in annotations; plug-ins follow their base by themselves.
 _IN_ORDER = (
+    ("distill_llm.core.features", ("Features", "Reading", "Side", "Shape")),
     ("distill_llm.core.layout", ()),
-    ("distill_llm.core.signals", ("Signals", "LazySignals")),
-    ("distill_llm.models.forward", ("Passed",)),
+    ("distill_llm.core.signals", ("Signals", "LazySignals", "Batch")),
+    ("distill_llm.core.sparse", ("SparseSignals",)),
+    ("distill_llm.models.forward", ("Passed", "Heads")),
+    ("distill_llm.models.layers", ()),
     ("distill_llm.models.head", ("OutputHead",)),
     ("distill_llm.losses.base", ()),
+    ("distill_llm.losses.layers", ()),
     ("distill_llm.losses", ()),
     ("distill_llm.objective", ("Objective",)),
     ("distill_llm.data.view", ("StudentView",)),
@@ -72,7 +79,11 @@ def _check_shapes() -> None:
     from distill_llm.models.spec import Prefixes, PrefixSide
     from distill_llm.tasks.base import Task
 
-    names: dict[str, Any] = {"Tensor": torch.Tensor, "TensorTeacher": Any}  # isinstance knows no Protocol
+    names: dict[str, Any] = {
+        "Tensor": torch.Tensor,
+        "TensorTeacher": Any,
+        "device": torch.device,
+    }  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}
     names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {
         "Target": Target,

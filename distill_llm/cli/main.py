@@ -115,6 +115,20 @@ def push_rationales(
     _console().print(f"{done}: {pushed.url}", highlight=False, soft_wrap=True)
 
 
+@app.command("cache-signals")
+def cache_signals(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Write what cached teachers say of the training rows, once for all trainings. Resumes; works under torchrun."""
+    from distill_llm.cli.cache import show_caches
+    from distill_llm.pipeline.run import cache_signals as cache
+    from distill_llm.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    with _progress() as progress:
+        reports = cache(loaded, progress=progress)
+    show_caches(reports, _console())
+    _next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
+
+
 @app.command()
 def train(
     recipe: RecipePath,

@@ -6,11 +6,12 @@ B rows, T positions, N supervised tokens, M of them, V vocabulary, D hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.example import TARGETS
+from distill_llm.core.features import Features, Side
 from distill_llm.core.layout import INPUT, PACKED, is_layout, packed_layout, part_tokens_for, parts_layout
 
 if TYPE_CHECKING:
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, Any]
-"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS) and ``agreement``
-[B] (of the votes, 1 without any); ``decoder_input_ids`` [B, T] too where the model is an encoder-decoder."""
+"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS), ``agreement`` [B]
+(of the votes, 1 without any) and ``keys`` [B] (of the rows, by which signals on disk are found); ``decoder_input_ids``
+[B, T] too where the model is an encoder-decoder. A teacher with a view of its own has columns of its own
+(``view_column``), ``places`` [B, L] among them: for each label token of the row, which of the teacher's is its
+counterpart, -1 for none."""
 
 IGNORE_INDEX = -100
-_BOOKKEEPING = ("labels", "targets", "agreement", INPUT)
-
+_VIEW = "view."
+_BOOKKEEPING = ("labels", "targets", "agreement", "keys", "places", INPUT)
+_VIEWED = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "places")
 
 At = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 """Takes what a model gave back for a batch, rows and columns, and gives what belongs to these tokens."""
@@ -31,18 +36,21 @@ At = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """One model's outputs at N supervised tokens, in row order. ``agreement`` is that of the token's row."""
+    """One model's outputs at N supervised tokens, in row order. ``agreement`` is that of the token's row.
+
+    ``features`` are of the whole batch, and stay whole in a part of the tokens. ``known``: whether a teacher says
+    anything of the token, or its logits mean nothing; None where it does of all.
+    """
 
     logits: Float[Tensor, "N V"]
     token_ids: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     agreement: Float[Tensor, " N"] | None = None
+    features: Mapping[Side, Features] = field(default_factory=dict)
+    known: Bool[Tensor, " N"] | None = None
 
     def where(self, keep: Bool[Tensor, " N"]) -> Signals:
-        if bool(keep.all()):
-            return self
-        agreement = None if self.agreement is None else self.agreement[keep]
-        return Signals(self.logits[keep], self.token_ids[keep], self.targets[keep], agreement)
+        return self if bool(keep.all()) else self._picked(keep)
 
     def narrowed(self, width: int) -> Signals:
         """Over the first ``width`` words alone: heads may be padded beyond the tokenizer, each model's by its own."""
@@ -54,8 +62,11 @@ class Signals:
 
     def part(self, start: int, stop: int) -> Signals:
         """The tokens from ``start`` on, up to ``stop``."""
-        agreement = None if self.agreement is None else self.agreement[start:stop]
-        return Signals(self.logits[start:stop], self.token_ids[start:stop], self.targets[start:stop], agreement)
+        return self._picked(slice(start, stop))
+
+    def _picked(self, which: Any) -> Signals:
+        columns = {own.name: getattr(self, own.name) for own in fields(self) if own.name != "features"}
+        return replace(self, **{name: column[which] for name, column in columns.items() if column is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ class LazySignals:
     """Signals whose logits are made where they are used, a few tokens at a time: all of them would not fit.
 
     ``weights`` are those of the head that learn. ``anchor`` is a zero through which each weight gets a gradient where
-    no term has a token. ``chunk_tokens`` says how many tokens at once.
+    no term has a token. ``chunk_tokens`` says how many tokens at once. ``features`` and ``known`` are as in Signals.
     """
 
     tokens: Tokens
@@ -88,13 +99,16 @@ class LazySignals:
     weights: tuple[Tensor, ...]
     anchor: Float[Tensor, ""]
     chunk_tokens: int
+    features: Mapping[Side, Features] = field(default_factory=dict)
+    known: Bool[Tensor, " N"] | None = None
 
     def said(self, start: int, stop: int, hidden: Float[Tensor, "M D"]) -> Signals:
         """The tokens from ``start`` on, up to ``stop``, as the head reads them from ``hidden``."""
         tokens = self.tokens
         agreement = None if tokens.agreement is None else tokens.agreement[start:stop]
+        known = None if self.known is None else self.known[start:stop]
         logits = self.make_logits(hidden)
-        return Signals(logits, tokens.token_ids[start:stop], tokens.targets[start:stop], agreement)
+        return Signals(logits, tokens.token_ids[start:stop], tokens.targets[start:stop], agreement, known=known)
 
     def of_target(self, target: int) -> TargetSignals:
         """The tokens of one target (index into TARGETS)."""
@@ -153,9 +167,35 @@ def tokens_of(batch: Batch) -> Tokens:
     )
 
 
+def input_tokens_of(batch: Batch) -> Tokens:
+    """Where the input's tokens stand, in row order, as an encoder's layers have them; nothing is supervised there."""
+    there = batch["attention_mask"].bool()
+    rows, columns = there.nonzero(as_tuple=True)
+    return Tokens(
+        rows=rows,
+        columns=columns,
+        token_ids=batch["input_ids"][there],
+        targets=batch["targets"][rows],
+        spans={},
+        agreement=batch["agreement"][rows] if "agreement" in batch else None,
+    )
+
+
 def model_inputs(batch: Batch) -> Batch:
     """What a model's forward takes: no labels (losses are ours) and no bookkeeping columns."""
-    return {name: column for name, column in batch.items() if name not in _BOOKKEEPING and not is_layout(name)}
+    unlike = (*_BOOKKEEPING, *(name for name in batch if is_layout(name) or name.startswith(_VIEW)))
+    return {name: column for name, column in batch.items() if name not in unlike}
+
+
+def view_column(teacher: str, column: str) -> str:
+    """The batch's name of a column that a teacher with a view of its own has in place of the student's."""
+    return f"{_VIEW}{teacher}.{column}"
+
+
+def batch_of_view(batch: Batch, teacher: str) -> Batch:
+    """The same rows as the teacher reads them: a batch of its own, with what the student's says of each row."""
+    own = {name: batch[column] for name in _VIEWED if (column := view_column(teacher, name)) in batch}
+    return {name: batch[name] for name in ("targets", "agreement") if name in batch} | own
 
 
 def select_rows(batch: Batch, keep: Bool[Tensor, " B"]) -> Batch:
@@ -163,12 +203,20 @@ def select_rows(batch: Batch, keep: Bool[Tensor, " B"]) -> Batch:
     if bool(keep.all()):
         return batch
     part = {name: column[keep] for name, column in batch.items() if not is_layout(name)}
-    if "decoder_input_ids" in part:
-        part = _trim(part, ("labels", "decoder_input_ids"), part["labels"] != IGNORE_INDEX)
-        part = _trim(part, ("input_ids", "attention_mask"), part["attention_mask"].bool())
-    else:
-        part = _trim(part, ("input_ids", "attention_mask", "labels"), part["attention_mask"].bool())
+    inputs = [name for name in part if name == "input_ids" or (name.startswith(_VIEW) and name.endswith(".input_ids"))]
+    for name in inputs:
+        part = _trimmed(part, name.removesuffix("input_ids"))
     return _laid_out(part, packs=PACKED in batch) if len(part["labels"]) else part
+
+
+def _trimmed(batch: Batch, whose: str) -> Batch:
+    """Without padding columns among those whose names begin with ``whose``: the student's own, or those of a view."""
+    inputs = (f"{whose}input_ids", f"{whose}attention_mask")
+    labels = (f"{whose}labels", f"{whose}decoder_input_ids")
+    mask = batch[inputs[1]].bool()
+    if labels[1] not in batch:
+        return _trim(batch, (*inputs, labels[0]), mask)
+    return _trim(_trim(batch, labels, batch[labels[0]] != IGNORE_INDEX), inputs, mask)
 
 
 def _laid_out(batch: Batch, *, packs: bool) -> Batch:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distill_llm.core.example import TARGETS
 from distill_llm.core.layout import packed_layout, parts_layout
-from distill_llm.core.signals import IGNORE_INDEX, Batch
+from distill_llm.core.signals import IGNORE_INDEX, Batch, view_column
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_llm.data.rows import Row
+    from distill_llm.data.rows import Row, RowView
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """``decoder_start_token_id`` is None for a decoder-only student.
+    """``decoder_start_token_id`` is None for a decoder-only model. ``views``: teachers with a view of their own.
 
     ``part_tokens``: an encoder-decoder's rows go through it in parts of so many tokens, each distinct input once; 0:
     all rows side by side. ``packs``: a decoder-only student's rows go through it as one.
@@ -28,6 +28,7 @@ class Collator:
     decoder_start_token_id: int | None
     part_tokens: int = 0
     packs: bool = False
+    views: Mapping[str, Collator] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
@@ -35,22 +36,29 @@ class Collator:
         about = {
             "targets": torch.tensor([TARGETS.index(row.target) for row in rows]),
             "agreement": torch.tensor([row.agreement for row in rows]),
+            "keys": torch.tensor([row.key for row in rows]),
         }
+        batch = self._columns(rows) | about | self._layout(rows)
+        for teacher, collator in self.views.items():
+            own = collator._viewed([row.views.get(teacher) for row in rows], [len(row.label_ids) for row in rows])
+            batch |= {view_column(teacher, name): column for name, column in own.items()}
+        return batch
+
+    def _columns(self, rows: Sequence[Row] | Sequence[RowView]) -> Batch:
         if self.decoder_start_token_id is None:
             inputs = [[*row.input_ids, *row.label_ids] for row in rows]
             labels = [[IGNORE_INDEX] * len(row.input_ids) + list(row.label_ids) for row in rows]
-            layout = packed_layout([len(ids) for ids in inputs]) if self.packs else {}
-            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)} | about | layout
+            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)}
         labels = [[IGNORE_INDEX] * len(row.prefix_ids) + list(row.label_ids) for row in rows]
         shifted = [[self.decoder_start_token_id, *row.prefix_ids, *row.label_ids[:-1]] for row in rows]
         return self._padded_inputs([row.input_ids for row in rows]) | {
             "decoder_input_ids": _padded(shifted, self.pad_token_id),
             "labels": _padded(labels, IGNORE_INDEX),
-            **about,
-            **self._layout(rows),
         }
 
     def _layout(self, rows: Sequence[Row]) -> Batch:
+        if self.decoder_start_token_id is None:
+            return packed_layout([len(row.input_ids) + len(row.label_ids) for row in rows]) if self.packs else {}
         if not self.part_tokens:
             return {}
         first: dict[tuple[int, ...], int] = {}
@@ -61,6 +69,17 @@ class Collator:
             [TARGETS.index(row.target) for row in rows],
             part_tokens=self.part_tokens,
         )
+
+    def _viewed(self, views: Sequence[RowView | None], num_labels: Sequence[int]) -> Batch:
+        """A row of which the teacher knows nothing has one token, which is nobody's counterpart: no tensor is empty."""
+        from distill_llm.data.rows import RowView
+
+        nothing = [self.pad_token_id]
+        filled = [
+            view if view is not None else RowView(nothing, nothing, [-1] * count)
+            for view, count in zip(views, num_labels, strict=True)
+        ]
+        return self._columns(filled) | {"places": _padded([view.places for view in filled], -1)}
 
     def _padded_inputs(self, inputs: Sequence[Sequence[int]]) -> Batch:
         return {

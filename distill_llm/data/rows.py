@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from distill_llm.core.errors import DataError
 
@@ -19,11 +21,45 @@ _WHOSE: Mapping[LabelSource, str] = {"gold": "gold", "teacher": "teacher's", "go
 
 
 @dataclass(frozen=True, slots=True)
+class RowView:
+    """A row as a teacher with a view of its own reads it.
+
+    ``places``: for each of the row's label tokens, which of ``label_ids`` is its counterpart; -1 for none.
+    """
+
+    input_ids: Sequence[int]
+    label_ids: Sequence[int]
+    places: Sequence[int]
+    prefix_ids: Sequence[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids) + len(self.label_ids)
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """How a teacher reads rows."""
+
+    def reads(self, target: Target) -> bool:
+        """Whether it is asked about rows of this target at all."""
+        ...
+
+    def views(
+        self, examples: Sequence[Example], target: Target, texts: Sequence[str], labels: Sequence[Sequence[int]]
+    ) -> Sequence[RowView | None]:
+        """One for each example with the text that the student writes, of which it learns the tokens ``labels``; None
+        where it has nothing to say."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """``example`` is the example's place in the split; ``label_ids`` end with the end-of-sequence token.
 
     ``agreement`` is that of the teacher's votes on the example; 1 where it had none. ``prefix_ids`` are what the
-    decoder reads before it writes ``label_ids``; no term looks at them.
+    decoder reads before it writes ``label_ids``; no term looks at them. ``views``: the row as teachers with a view of
+    their own read it, by name; without those that are not asked about it.
     """
 
     example: int
@@ -32,6 +68,7 @@ class Row:
     label_ids: Sequence[int]
     agreement: float = 1.0
     prefix_ids: Sequence[int] = ()
+    views: Mapping[str, RowView] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -40,6 +77,19 @@ class Row:
     @property
     def num_target_tokens(self) -> int:
         return len(self.prefix_ids) + len(self.label_ids)
+
+    @property
+    def key(self) -> int:
+        """63 bits of all that a model beside the student may see of the row; equal rows have equal keys."""
+        views = (ids for name in sorted(self.views) for ids in (self.views[name].input_ids, self.views[name].label_ids))
+        parts = (self.input_ids, self.prefix_ids, self.label_ids, *views)
+        content = array("q", [*map(len, parts), *(token for ids in parts for token in ids)]).tobytes()
+        digest = hashlib.blake2b(self.target.encode() + content, digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    def tokens_for(self, teacher: str) -> int:
+        """Tokens that this teacher reads where it is asked about the row."""
+        return self.views[teacher].num_tokens if teacher in self.views else self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +129,12 @@ def build_rows(
     view: StudentView,
     targets: Sequence[Target],
     label_from: LabelSource,
+    viewers: Mapping[str, Viewer] | None = None,
 ) -> RowSet:
-    """Raises DataError where a target that the objective wants has no row at all."""
+    """``viewers``: teachers with a view of their own, by name.
+
+    Raises DataError where a target that the objective wants has no row at all.
+    """
     found: list[Row] = []
     inputs_cut = targets_cut = 0
     for target in targets:
@@ -97,10 +151,28 @@ def build_rows(
         targets_cut += cut
         prefix = tuple(view.decoder_prefix(target))
         agreed = [answers[id].agreement if (id := examples[index].id) in answers else 1.0 for index in owners]
-        parts = zip(owners, inputs, labels, agreed, strict=True)
-        found += [Row(i, target, ids, label, agreement, prefix) for i, ids, label, agreement in parts]
+        shown = [examples[index] for index in owners]
+        views = _views(viewers or {}, shown, target, texts, labels)
+        parts = zip(owners, inputs, labels, agreed, views, strict=True)
+        found += [Row(i, target, ids, label, agreement, prefix, own) for i, ids, label, agreement, own in parts]
     found.sort(key=lambda row: row.example)
     return RowSet(tuple(found), inputs_cut, targets_cut)
+
+
+def _views(
+    viewers: Mapping[str, Viewer],
+    examples: Sequence[Example],
+    target: Target,
+    texts: Sequence[str],
+    labels: Sequence[Sequence[int]],
+) -> list[dict[str, RowView]]:
+    found: list[dict[str, RowView]] = [{} for _ in texts]
+    for name, viewer in viewers.items():
+        if viewer.reads(target):
+            for own, view in zip(found, viewer.views(examples, target, texts, labels), strict=True):
+                if view is not None:
+                    own[name] = view
+    return found
 
 
 def _nothing_to_learn(target: Target, label_from: LabelSource, num_examples: int) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from distill_llm.core.component import Component
 from distill_llm.core.schedule import Schedule, number_at
+from distill_llm.core.sparse import SparseSignals, TopSignals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,17 +18,34 @@ if TYPE_CHECKING:
     from distill_llm.core.signals import Signals
 
 
-class Loss(Component):
+class TermLoss(Component):
+    """What a term weighs: a loss on logits (``Loss``), or on layers (``FeatureLoss``)."""
+
     needs_teacher: ClassVar[bool] = True
+    any_tokenizer: ClassVar[bool] = False
+    """It compares no word with a word: the tokenizers of teacher and student may have nothing in common."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Payloads of cached signals that it can be computed from, where these do not give all logits."""
+
+    def at(self, progress: float) -> TermLoss:
+        """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
+        now = {name: number_at(value, progress) for name, value in self if isinstance(value, Schedule)}
+        return self.model_copy(update=now) if now else self
+
+
+class Loss(TermLoss):
+    """A loss on what models say of the next token."""
 
     @abstractmethod
     def __call__(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
         """Loss of each token, in nats. The teacher's signals stand at the same tokens as the student's."""
 
-    def at(self, progress: float) -> Loss:
-        """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
-        now = {name: number_at(value, progress) for name, value in self if isinstance(value, Schedule)}
-        return self.model_copy(update=now) if now else self
+    def of_sparse(self, student: Signals, teacher: SparseSignals) -> Float[Tensor, " N"]:
+        """The same beside a teacher of whose words only some were kept, for the payloads in ``takes``.
+
+        The student's signals are over the words that the teacher spoke of.
+        """
+        raise NotImplementedError(f"a recipe with {type(self).__name__} and such a teacher is refused")
 
 
 class Divergence(Loss):
@@ -37,6 +55,7 @@ class Divergence(Loss):
     arXiv:1503.02531, sec. 2). The teacher gets no gradient. Zero where both agree, never negative.
     """
 
+    takes: ClassVar[frozenset[str]] = frozenset({"top_k"})
     order: ClassVar[int] = 2
     """The power of the difference in logits that it grows with where both nearly agree; also that of the factor."""
 
@@ -56,11 +75,22 @@ class Divergence(Loss):
 
     def __call__(self, student: Signals, teacher: Signals | None) -> Float[Tensor, " N"]:
         assert teacher is not None
-        temperature = self.temperature
-        assert not isinstance(temperature, Schedule), "a schedule is a number only `at` some progress"
+        temperature = self.constant_temperature
         log_p = (teacher.logits.detach().float() / temperature).log_softmax(-1)
         log_q = (student.logits.float() / temperature).log_softmax(-1)
         return temperature**self.order * self.between(log_p, log_q)
+
+    def of_sparse(self, student: Signals, teacher: SparseSignals) -> Float[Tensor, " N"]:
+        """Over the teacher's likeliest words, and all others as one: never more than over all words."""
+        assert isinstance(teacher, TopSignals), "other payloads are not in `takes`"
+        temperature = self.constant_temperature
+        log_p, log_q = teacher.log_coarse(temperature), teacher.log_coarse_of(student.logits, temperature)
+        return temperature**self.order * self.between(log_p, log_q)
+
+    @property
+    def constant_temperature(self) -> float:
+        assert not isinstance(self.temperature, Schedule), "a schedule is a number only `at` some progress"
+        return self.temperature
 
     @abstractmethod
     def between(self, log_p: Float[Tensor, "N V"], log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

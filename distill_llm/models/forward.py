@@ -5,17 +5,21 @@ B rows, T positions, N tokens, D hidden size, S places of all parts of a batch i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from distill_llm.core.features import LOGITS, SIDES, Features, Look, Reading, Side
 from distill_llm.core.layout import DECODER, ENCODER, INPUT, PACKED, READS, parts_of, places_in_parts
-from distill_llm.core.signals import Batch, model_inputs
+from distill_llm.core.signals import Batch, Tokens, input_tokens_of, model_inputs, tokens_of
 from distill_llm.models.parts import running_in_parts
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+
+
+Heads: TypeAlias = "Mapping[str, Sequence[Callable[[Tensor], Tensor]]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +43,60 @@ class Passed:
             return states[rows, columns]
         return states[0].index_select(0, self.places[rows * self.width + columns])
 
+    def features(self, batch: Batch, reading: Reading, heads: Heads) -> dict[Side, Features]:
+        """What ``reading`` wanted, for each side; ``heads`` are those on the model, by term."""
+        found: dict[Side, Features] = {}
+        for side in sorted(reading.sides):
+            tokens = tokens_of(batch) if side == "decoder" else input_tokens_of(batch)
+            found[side] = replace(self._features(tokens, side, reading), heads=heads)
+        return found
 
-def forward(model: Any, batch: Batch, **options: Any) -> Passed:
+    def _features(self, tokens: Tokens, side: Side, reading: Reading) -> Features:
+        attention: dict[Look, tuple[Tensor, ...]] = {}
+        for look in reading.attention:
+            if SIDES[look] == side:
+                attention[look] = tuple(maps[tokens.rows, :, tokens.columns] for maps in self._attention(look))
+        hidden = self.hidden(side) if side in reading.hidden else ()
+        rows, columns = tokens.rows, tokens.columns
+        if side == "decoder":
+            at_tokens = tuple(self.at(states, rows, columns) for states in hidden)
+        else:  # by rows of the batch, whatever its layout
+            at_tokens = tuple(states[rows, columns] for states in hidden)
+        return Features(
+            rows=rows,
+            targets=tokens.targets,
+            hidden=at_tokens,
+            attention=attention,
+            agreement=tokens.agreement,
+        )
+
+    def hidden(self, side: Side) -> tuple[Float[Tensor, "B T D"], ...]:
+        """Hidden states of all layers, the embeddings first."""
+        of_pair = getattr(self.outputs, f"{side}_hidden_states", None)
+        return self.outputs.hidden_states if of_pair is None else of_pair
+
+    def _attention(self, look: Look) -> tuple[Tensor, ...]:
+        names = {"self": ("decoder_attentions", "attentions"), "cross": ("cross_attentions",)}
+        for name in names.get(look, ("encoder_attentions",)):
+            found = getattr(self.outputs, name, None)
+            if found is not None:
+                return found
+        raise AssertionError(f"the model shows no {look} attention: was it prepared for it?")
+
+
+def forward(model: Any, batch: Batch, reading: Reading = LOGITS) -> Passed:
     """One forward pass. ``model`` is called as it is wrapped, or a gradient's reduction over ranks is skipped.
 
-    A batch with a layout (``core/layout.py``) goes through in it; but not where attention maps are asked for, which
-    have the size of rows. The encoder's states are then there with ``output_hidden_states`` only, by rows of the batch.
+    A batch with a layout (``core/layout.py``) goes through in it; but not where attention is read, whose maps have the
+    size of rows. An encoder's states are there only where they are read, by rows of the batch.
     """
     inputs = model_inputs(batch)
-    options = {"use_cache": False} | options  # or keys and values would be copied to a cache that nobody reads
-    if not options.get("output_attentions"):
+    options: dict[str, Any] = {"use_cache": False}  # or keys and values are copied to a cache that nobody reads
+    if reading.hidden:
+        options["output_hidden_states"] = True
+    if reading.attention:
+        options["output_attentions"] = True
+    else:
         if PACKED in batch:
             return _packed(model, batch, options)
         if encoders := parts_of(batch, ENCODER):
@@ -57,7 +105,7 @@ def forward(model: Any, batch: Batch, **options: Any) -> Passed:
                 outputs = model(**inputs, **options)
             _encoder_by_rows(outputs, encoders, batch)
             return _passed(outputs, decoders, batch["decoder_input_ids"])
-    num_rows, width = batch["labels"].shape
+    num_rows, width = batch.get("decoder_input_ids", batch["input_ids"]).shape
     return Passed(model(**inputs, **options), (num_rows, width))
 
 

@@ -16,8 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.features import LOGITS, Reading
 from distill_llm.core.signals import Batch, LazySignals, Signals, tokens_of
 from distill_llm.models.forward import forward
+from distill_llm.models.layers import heads_of
+from distill_llm.models.stored_head import StoredHead, finish_of, take_head
 
 AUTO_BYTES = 128 * 2**20
 """Of the float32 logits of one chunk. A loss keeps about ten tensors of that size while it works."""
@@ -60,15 +63,17 @@ class OutputHead:
         self._chunk_tokens, self._width = chunk_tokens, width
         self._checked = False
 
-    def read(self, model: Any, batch: Batch) -> LazySignals:
-        """One forward pass. ``model`` is called as it is wrapped, or a gradient's reduction over ranks is skipped.
+    def read(self, model: Any, batch: Batch, reading: Reading = LOGITS) -> LazySignals:
+        """One forward pass, of which ``reading`` is wanted too.
+
+        ``model`` is called as it is wrapped, or a gradient's reduction over ranks is skipped.
 
         The head gets one token (twice), which keeps the graph of all ranks alike; the rest waits for the loss. Raises
         ConfigError where the model's logits are not what this class would make of them.
         """
         tokens = tokens_of(batch)
         with self._catching() as caught:
-            passed = forward(model, batch)
+            passed = forward(model, batch, reading)
         logits = passed.outputs.logits
         self._check(caught, logits, passed.shape)
         assert caught.hidden is not None
@@ -80,7 +85,13 @@ class OutputHead:
             weights=tuple(weight for weight in weights if weight.requires_grad),
             anchor=logits[:, :0].float().sum(),
             chunk_tokens=self._tokens_at_once(logits.size(-1)),
+            features=passed.features(batch, reading, heads_of(model)) if reading else {},
         )
+
+    def stored(self) -> StoredHead:
+        """The head alone, for use without the model; a ConfigError where that cannot be."""
+        width = self._width or self._module.weight.size(0)
+        return take_head(self._model, width, where=self._where)
 
     def _tokens_at_once(self, words: int) -> int:
         return max(1, AUTO_BYTES // (4 * words)) if isinstance(self._chunk_tokens, str) else self._chunk_tokens
@@ -138,19 +149,7 @@ class OutputHead:
             return self._finished(self._module.forward(hidden))[..., : self._width]
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """What models do behind their head. T5's scale is in front of it."""
-        config = self._model.config.get_text_config(decoder=True)
-        scale = getattr(self._model, "logit_scale", None)  # Cohere
-        if scale is not None:
-            logits = logits * scale
-        divisor = getattr(config, "logits_scaling", None)  # Granite
-        if divisor is not None:
-            logits = logits / divisor
-        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        bias = getattr(self._model, "final_logits_bias", None)  # BART
-        return logits if bias is None else logits + bias.to(logits.device)
+        return finish_of(self._model)(logits)
 
     def _gathered(self, model: nn.Module) -> list[Tensor]:
         """The head's weights, whole: FSDP may have taken them apart at the end of the forward pass."""

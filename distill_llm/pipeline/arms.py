@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -48,8 +48,9 @@ def plan_arms(
     """The student first, then ablations (objectives with fewer terms), then controls (labels only).
 
     The control with the same compute gets as many steps as the student's cost pays for, where a row costs
-    6 * student parameters * its tokens, plus 2 * teacher parameters * its tokens for each teacher that is run on it
-    (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
+    6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher parameters * the tokens
+    that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1). One that is cached runs once a row, not
+    once a pass.
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
     steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
@@ -57,12 +58,13 @@ def plan_arms(
     for name, kept in recipe.evaluate.ablations.items():
         terms = tuple(term for term in recipe.objective if term.name in kept)
         arms.append(Arm(name, "student", _describe(terms), terms, steps, _asked(recipe, terms)))
+    passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
     label = (_label_term(),)
     for name in recipe.evaluate.controls:
         factor = 1.0
         if name == "labels_same_compute":
-            sizes = (student_parameters, teacher_parameters)
-            factor = _row_cost(recipe.objective, rows, *sizes) / _row_cost(label, rows, *sizes)
+            sizes = (student_parameters, teacher_parameters, passes)
+            factor = _row_cost(recipe, recipe.objective, rows, *sizes) / _row_cost(recipe, label, rows, *sizes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
         arms.append(Arm(name, "control", f"labels only, same {same}", label, max(1, round(steps * factor)), "label"))
     return arms
@@ -93,7 +95,12 @@ def _describe(terms: Sequence[Term]) -> str:
 
 
 def _row_cost(
-    terms: Sequence[Term], rows: Sequence[Row], student_parameters: int, teacher_parameters: Mapping[str, int]
+    recipe: Recipe,
+    terms: Sequence[Term],
+    rows: Sequence[Row],
+    student_parameters: int,
+    teacher_parameters: Mapping[str, int],
+    passes: float,
 ) -> float:
     """Mean floating point operations of a row of the arm with these terms."""
     wanted = targets_of(terms)
@@ -105,7 +112,17 @@ def _row_cost(
         for term in terms:
             if term.teacher is not None and row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
-        forward = sum(2 * teacher_parameters[name] * share for name, share in asked.items())
-        total += row.num_tokens * (6 * student_parameters + forward)
+        total += 6 * student_parameters * row.num_tokens
+        for name, share in asked.items():
+            for one, part in _runs(recipe, name, share, passes):
+                total += part * 2 * teacher_parameters[one] * row.tokens_for(one)
         count += 1
     return total / max(count, 1)
+
+
+def _runs(recipe: Recipe, name: str, share: float, passes: float) -> Iterator[tuple[str, float]]:
+    """A teacher and all that it is made of, each with the share of the student's ``passes`` in which it is run."""
+    teacher = recipe.teachers[name]
+    yield name, share
+    for member in teacher.made_of():
+        yield from _runs(recipe, member, 1 / passes if teacher.asked_once else share, passes)

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_llm.core.errors import DistillError
 from distill_llm.core.example import Example, Splits, TeacherAnswer
-from distill_llm.core.signals import IGNORE_INDEX, Batch
+from distill_llm.core.signals import IGNORE_INDEX, Batch, Signals, select_rows
 from distill_llm.data.rows import RowSet, build_rows
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer
 from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
+from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.publish import licence_warnings
 from distill_llm.pipeline.rationale_stage import Material, check, read_material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.student_stage import check_chat, training_text
 from distill_llm.pipeline.trial import open_teachers, student_view
+from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "error"]
 _EXAMPLES = 2000  # whose inputs and targets are measured
 _TOO_MANY_CUT = 0.05
+_TOO_MANY_UNMATCHED = 0.5
+_END_OF_PROMPT = 300  # characters of a teacher's view that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,9 @@ def examine(recipe: Recipe) -> Diagnosis:
         student = build_student(recipe.student, tokenizer)
         check_chat(recipe, tokenizer)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
-        rows = _rows(recipe, material, view)
+        viewers = make_viewers(recipe, student, view)
+        rows = _rows(recipe, material, view, viewers)
+        _views(recipe, rows, viewers, diagnosis)
         _cuts(recipe, rows, diagnosis)
         _one_step(recipe, student, rows, diagnosis)
     except DistillError as error:
@@ -122,7 +128,7 @@ def _stand_in(example: Example) -> TeacherAnswer:
     return TeacherAnswer(label, (example.rationale or example.input,), 1.0)
 
 
-def _rows(recipe: Recipe, material: Material, view: StudentView) -> RowSet:
+def _rows(recipe: Recipe, material: Material, view: StudentView, viewers: Mapping[str, TeacherViewer]) -> RowSet:
     return build_rows(
         material.splits.train[:_EXAMPLES],
         material.answers,
@@ -130,7 +136,25 @@ def _rows(recipe: Recipe, material: Material, view: StudentView) -> RowSet:
         view=view,
         targets=needed_targets(recipe),
         label_from=recipe.label_from,
+        viewers=viewers,
     )
+
+
+def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], diagnosis: Diagnosis) -> None:
+    for name, facts in facts_of_views(recipe, rows.rows).items():
+        level: Level = "warning" if facts.unmatched > _TOO_MANY_UNMATCHED * facts.num_tokens else "ok"
+        diagnosis.note(level, f"view of {name}", str(facts))
+        first = next(row.views[name] for row in rows.rows if name in row.views)
+        text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
+        end = text if len(text) <= _END_OF_PROMPT else f"... {text[-_END_OF_PROMPT:]}"
+        diagnosis.note("ok", f"view of {name}", f"of one row: {end}")
+    for name in repeaters(recipe):
+        diagnosis.note(
+            "warning",
+            f"view of {name}",
+            "it is told the gold label and asked for it: on the target label it can only repeat it, which "
+            "cross_entropy does for nothing",
+        )
 
 
 def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
@@ -156,17 +180,16 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     student.model.to(default_device())
     computes = choose_precision(recipe.train.precision, student.model)
     diagnosis.note("ok", "precision", f"a training computes in {computes.name}: {computes.why}")
+    recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:
         number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
     chosen = _mixed(rows, number)
-    batch = {
-        name: column.to(student.model.device)
-        for name, column in collator_for(student, recipe.train.packing)(chosen).items()
-    }
+    collated = collator_for(student, teachers, recipe.train.packing)(chosen)
+    batch = {name: column.to(student.model.device) for name, column in collated.items()}
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
-    _teachers_are_still(teachers, batch, diagnosis)
+    _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
     for objective in _term_by_term(recipe):
         diagnosis.terms.append(_term(recipe, objective, student, teachers, batch))
@@ -177,6 +200,28 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
             diagnosis.note("error", f"term {facts.name}", "it has no gradient: nothing would be learned from it")
     said = _memory(recipe, student, teachers, batch)
     diagnosis.note("ok", "memory", f"one micro-batch of {len(chosen)} rows, forward and backward: {said}")
+
+
+def _with_caches_that_can_be_read(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> Recipe:
+    """Says how each cache stands; where one lacks rows, the teacher that it is made of takes its place here."""
+    teachers = dict(recipe.teachers)
+    for plan in plan_caches(recipe, rows.rows, student.tokenizer.get_vocab()):
+        what = f"cache {plan.name}"
+        try:
+            missing = missing_rows(plan)
+        except DistillError as error:
+            diagnosis.note("error", what, str(error))
+            missing = len(plan.rows)
+        else:
+            of = f"{len(plan.rows):,} rows"
+            if missing:
+                do = "`distill-llm run` writes it; before `distill-llm train` type: distill-llm cache-signals RECIPE"
+                diagnosis.note("warning", what, f"{plan.folder} lacks {missing:,} of {of}. {do}")
+            else:
+                diagnosis.note("ok", what, f"{plan.folder} is that of the recipe, undamaged, and has all of {of}")
+        if missing:
+            teachers[plan.name] = teachers[plan.spec.of]
+    return recipe.model_copy(update={"teachers": teachers})
 
 
 def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:
@@ -238,20 +283,25 @@ def _loss(
     return sum((loss for loss, _ in results[1:]), results[0][0]), results[0][1]
 
 
-def _teachers_are_still(teachers: Mapping[str, Any], batch: Batch, diagnosis: Diagnosis) -> None:
+def _teachers_are_still(recipe: Recipe, teachers: Mapping[str, Any], batch: Batch, diagnosis: Diagnosis) -> None:
     """A teacher must say the same twice, and pass no gradient on: dropout or weights that learn would show."""
     import torch
 
+    objective = Objective(recipe.objective)
+    on_disk = {name for name, teacher in recipe.teachers.items() if teacher.asked_once}
     for name, teacher in teachers.items():
-        first, second = teacher.signals(batch).logits, teacher.signals(batch).logits
+        asked = objective.rows_for(name, batch)
+        if name in on_disk and not bool(asked.any()):
+            continue  # it knows the rows that it is asked about, and no others
+        part = select_rows(batch, asked) if bool(asked.any()) else batch
+        said = teacher.signals(part), teacher.signals(part)
+        first, second = (one.logits if isinstance(one, Signals) else one.likeliest() for one in said)
         if first.requires_grad:
             diagnosis.note("error", f"teacher {name}", "its logits carry a gradient: it would be trained too")
         elif not torch.equal(first, second):
             diagnosis.note("error", f"teacher {name}", "it says something else when asked twice: is dropout on?")
         else:
-            diagnosis.note(
-                "ok", f"teacher {name}", "passes no gradient on, says the same twice, and has the student's words"
-            )
+            diagnosis.note("ok", f"teacher {name}", "passes no gradient on, and says the same twice")
 
 
 def _memory(recipe: Recipe, student: LoadedModel, teachers: Mapping[str, Any], batch: Batch) -> str:

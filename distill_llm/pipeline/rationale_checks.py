@@ -9,9 +9,8 @@ from dataclasses import replace
 from distill_llm.core.answers import normalise_text
 from distill_llm.core.errors import DataError
 from distill_llm.core.example import Example, Splits
-from distill_llm.rationales.prompts import Prompter, make_prompter
+from distill_llm.rationales.prompts import Exemplar, Prompter, make_prompter
 from distill_llm.rationales.spec import RationaleSpec
-from distill_llm.recipe.recipe import Recipe
 from distill_llm.tasks.wording import bare_question
 
 _LONGEST = 32  # prompts whose tokens are counted: the longest by characters are hardly ever far from those by tokens
@@ -51,24 +50,22 @@ def _too_long(split: str, example: Example, tokens: int, limit: int, prompter: P
     )
 
 
-def without_exemplars(recipe: Recipe, splits: Splits) -> Splits:
-    """The splits without examples that stand in the prompt with their answers.
+def without_exemplars(exemplars: Sequence[Exemplar], splits: Splits, *, overlap: str, where: str) -> Splits:
+    """The splits without examples that stand in a teacher's prompt with their answers.
 
     Raises DataError for such examples unless the task's ``overlap`` is "drop"; for one of the test split always:
     dropping it would make another test set.
     """
-    assert recipe.rationales is not None
-    shown = {normalise_text(exemplar.question) for exemplar in make_prompter(recipe.rationales.prompt).exemplars}
+    shown = {normalise_text(exemplar.question) for exemplar in exemplars}
     if not shown:
         return splits
-    where = f"rationales.prompt.exemplars '{recipe.rationales.prompt.exemplars}'"
     kept = {}
     for split in ("test", "validation", "train"):
         examples = getattr(splits, split)
         known = [
             example for example in examples if _question(example) in shown or normalise_text(example.input) in shown
         ]
-        if known and (split == "test" or recipe.task.overlap == "refuse"):
+        if known and (split == "test" or overlap == "refuse"):
             drop = "" if split == "test" else ", or set task.overlap=drop to leave these examples out"
             raise DataError(
                 f"{where}: {len(known)} of the exemplars' questions are also in the {split} split, such as example "

@@ -17,6 +17,7 @@ from distill_llm.pipeline.asking import Asked, Asking
 from distill_llm.pipeline.publish import write_card
 from distill_llm.pipeline.rationale_checks import check_teacher, without_exemplars
 from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.views import check_views, view_prompters
 from distill_llm.rationales.dataset import Funnel, judge, make_rows, read_rows, row_writer, teacher_answers
 from distill_llm.rationales.generate import Asker
 from distill_llm.rationales.ledger import ledger_report, read_ledgers
@@ -38,9 +39,15 @@ class Material:
 
 
 def load_examples(recipe: Recipe) -> Splits:
-    """The task's examples, without those that the teacher sees worked out in its prompt."""
-    splits = recipe.task.load(recipe.seed)
-    return splits if recipe.rationales is None else without_exemplars(recipe, splits)
+    """The task's examples, without those that some teacher sees worked out in its prompt."""
+    splits, overlap = recipe.task.load(recipe.seed), recipe.task.overlap
+    prompters = {f"teachers.{name}.view": prompter for name, prompter in view_prompters(recipe).items()}
+    if recipe.rationales is not None:
+        prompters = {"rationales.prompt": make_prompter(recipe.rationales.prompt), **prompters}
+    for section, prompter in prompters.items():
+        where = f"{section}.exemplars '{prompter.spec.exemplars}'"
+        splits = without_exemplars(prompter.exemplars, splits, overlap=overlap, where=where)
+    return splits
 
 
 def check(recipe: Recipe, *, student: bool = True) -> Splits:
@@ -64,6 +71,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
         return splits
     for teacher in recipe.teachers.values():
         teacher.check()
+    check_views(recipe, splits.train)
     check_student(recipe.student)
     if recipe.train.report_to:
         from distill_llm.training.arguments import check_reporters

@@ -14,10 +14,12 @@ from distill_llm.core.quiet import quiet_libraries
 from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.pipeline.cache_stage import CacheReport
     from distill_llm.training.trainer import DistillTrainer
 
 
@@ -36,6 +38,26 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
     return run
 
 
+def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheReport]:
+    """Writes what the recipe's cached teachers say of the training rows; rows that are there are not computed again.
+
+    Needs the rationales to be there. Works in one process and under torchrun.
+    """
+    from distill_llm.pipeline.cache_stage import write_caches
+    from distill_llm.pipeline.student_stage import make_plan
+    from distill_llm.teachers.cached import Cached
+
+    quiet_libraries()
+    if not any(isinstance(teacher, Cached) for teacher in recipe.teachers.values()):
+        raise ConfigError(
+            f"recipe {recipe.name} has no teacher of `kind: cached` among {sorted(recipe.teachers)}: there is nothing "
+            "to write. docs/cache.md shows one."
+        )
+    main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
+    run, material = _claim_with_material(recipe)
+    return write_caches(recipe, make_plan(recipe, material, run).rows.rows, run, progress)
+
+
 def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progress = SILENT) -> RunFolder:
     """Trains the student (or other arms, or ``all``) on rationales that are there already.
 
@@ -43,7 +65,7 @@ def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progres
     """
     quiet_libraries()
     run, material = _claim_with_material(recipe)
-    _train(recipe, material, run, arms, progress)
+    _train(recipe, material, run, arms, progress, writes_caches=False)
     return run
 
 
@@ -53,12 +75,14 @@ def student_trainer(recipe: Recipe) -> DistillTrainer:
     Needs the rationales to be there. ``trainer.train()`` trains ``trainer.model`` and writes checkpoints to the run
     folder; the run's scorecard knows only of models that ``train`` or ``run`` finished.
     """
+    from distill_llm.pipeline.cache_stage import require_caches
     from distill_llm.pipeline.student_stage import make_plan, make_trial
     from distill_llm.pipeline.trial import make_trial_trainer
 
     quiet_libraries()
     run, material = _claim_with_material(recipe)
     plan = make_plan(recipe, material, run)
+    require_caches(recipe, plan.rows.rows, run)
     return make_trial_trainer(make_trial(recipe, material, plan, run, plan.arms[0], recipe.train.learning_rate))
 
 
@@ -84,11 +108,20 @@ def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
     folder = claim(recipe)
     gather(recipe, splits, folder, progress)
     material = _material_of(recipe, splits, folder)
-    _train(recipe, material, folder, ["all"], progress)
+    _train(recipe, material, folder, ["all"], progress, writes_caches=True)
     return score(recipe, material, folder, progress)
 
 
-def _train(recipe: Recipe, material: Material, run: RunFolder, arms: Sequence[str], progress: Progress) -> None:
+def _train(
+    recipe: Recipe,
+    material: Material,
+    run: RunFolder,
+    arms: Sequence[str],
+    progress: Progress,
+    *,
+    writes_caches: bool,
+) -> None:
+    from distill_llm.pipeline.cache_stage import require_caches, write_caches
     from distill_llm.pipeline.student_stage import make_plan, train_arms
 
     plan = make_plan(recipe, material, run)
@@ -96,6 +129,13 @@ def _train(recipe: Recipe, material: Material, run: RunFolder, arms: Sequence[st
     counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())
     cut = f"; cut to fit: {rows.inputs_cut:,} inputs, {rows.targets_cut:,} targets"
     progress.say(f"rows: {counts}{cut if rows.inputs_cut or rows.targets_cut else ''}")
+    for name, facts in facts_of_views(recipe, rows.rows).items():
+        progress.say(f"teacher {name}: {facts}")
+    if writes_caches:
+        for report in write_caches(recipe, rows.rows, run, progress):
+            progress.say(f"signals of {report.name}: {report.rows:,} rows, {report.there:,} of them there already")
+    else:
+        main_first(lambda: require_caches(recipe, rows.rows, run))
     train_arms(recipe, material, plan, run, arms, progress)
 
 

@@ -76,6 +76,10 @@ class RunFolder:
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
 
+    def signals(self, teacher: str) -> Path:
+        """Where the signals of a cached teacher lie, unless it names another folder."""
+        return self.root / "signals" / teacher
+
     @property
     def models(self) -> Path:
         return self.root / "models"

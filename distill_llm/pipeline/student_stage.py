@@ -17,9 +17,9 @@ from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
+from distill_llm.pipeline.views import is_asked, make_viewers
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.base import parameters_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,19 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     main_first(lambda: _save_tokenizer(recipe, material, run))
     student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
     check_chat(recipe, student.tokenizer)
+    view = student_view(recipe, student.tokenizer, student.is_encoder_decoder)
     rows = build_rows(
         material.splits.train,
         material.answers,
         task=recipe.task,
-        view=student_view(recipe, student.tokenizer, student.is_encoder_decoder),
+        view=view,
         targets=needed_targets(recipe),
         label_from=recipe.label_from,
+        viewers=make_viewers(recipe, student, view),
     )
-    wanted = {term.teacher for term in recipe.objective if term.teacher is not None}
-    sizes = {name: parameters_run(recipe.teachers, name, student.num_parameters) for name in sorted(wanted)}
-    return Plan(plan_arms(recipe, rows.rows, student_parameters=student.num_parameters, teacher_parameters=sizes), rows)
+    size = student.num_parameters
+    sizes = {name: teacher.num_parameters(size) for name, teacher in recipe.teachers.items() if is_asked(recipe, name)}
+    return Plan(plan_arms(recipe, rows.rows, student_parameters=size, teacher_parameters=sizes), rows)
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:

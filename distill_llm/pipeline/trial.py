@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, write_json
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
 from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
+from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
@@ -68,6 +71,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     set_seed(recipe.seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
+    teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
         trial.rows,
@@ -75,7 +79,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
-        teachers=open_teachers(recipe, trial.arm.terms, student),
+        teachers=teachers,
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.seed,
@@ -104,24 +108,60 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
 
 def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
     """The live teachers that some term names, and those that they are made of; each is opened once."""
-    facts = StudentFacts(
+    opened: dict[str, TensorTeacher] = {}
+    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+        open_teacher(recipe, name, student, opened)
+    _open_layers(student.model, opened, Objective(terms))
+    return opened
+
+
+def open_teacher(recipe: Recipe, name: str, student: LoadedModel, opened: dict[str, TensorTeacher]) -> TensorTeacher:
+    """One of the recipe's teachers, and those that it is made of, which are added to ``opened`` or taken from it."""
+    if name not in opened:
+        spec = recipe.teachers[name].placed(RunFolder(recipe.folder).signals(name))
+        members = [open_teacher(recipe, member, student, opened) for member in spec.members()]
+        teacher, reader = spec.open(_facts(student), members), spec.reader(student)
+        opened[name] = teacher if reader is None else viewed(teacher, name, reader)
+    return opened[name]
+
+
+def _facts(student: LoadedModel) -> StudentFacts:
+    return StudentFacts(
         vocabulary=student.tokenizer.get_vocab(),
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
         model=student.model,
     )
-    opened: dict[str, TensorTeacher] = {}
 
-    def open_one(name: str) -> TensorTeacher:
-        if name not in opened:
-            spec = recipe.teachers[name]
-            members = [open_one(member) for member in spec.members()]
-            opened[name] = spec.open(facts, members)
-        return opened[name]
 
-    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
-        open_one(name)
-    return opened
+def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective: Objective) -> None:
+    """Lets terms on layers look at student and teachers, and gives the student the heads that they learn.
+
+    Raises ConfigError where a layer, an encoder or an attention that a term names does not exist.
+    """
+    reading = objective.reading()
+    if not reading:
+        return
+    from distill_llm.models.layers import add_heads, shapes_of, show_attention
+
+    show_attention(student, sorted(reading.attention), where="student")
+    mine = shapes_of(student)
+    widths: dict[str, list[tuple[int, int]]] = {}
+    for term in objective.terms:
+        if term.layers is None:
+            continue
+        teacher = teachers[term.teacher or ""]
+        assert isinstance(teacher, DeepTeacher), "the recipe was checked"
+        theirs = teacher.show(objective.reading(term.teacher))
+        if term.side not in mine:
+            raise ConfigError(
+                f"objective.{term.name}.loss: it looks at an encoder, and the student is decoder-only. Remove `of`."
+            )
+        try:
+            widths[term.name] = term.layers.widths(mine[term.side], theirs[term.side])
+        except ConfigError as error:
+            raise ConfigError(f"objective.{term.name}.loss.layers: {error}") from None
+    add_heads(student, widths)
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:

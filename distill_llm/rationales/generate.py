@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.files import fingerprint
 from distill_llm.rationales.parse import Parsed, parse
+from distill_llm.rationales.prompts import hinted
 from distill_llm.tasks.wording import bare_question
 from distill_llm.teachers.base import Completion, Failure, Request, TextTeacher, TokenScores
 
@@ -59,7 +60,7 @@ class Asker:
 
 def _hint(hints: HintSpec, task: Task, example: Example) -> str:
     answer = task.answer_sentence(example.label or "", example)
-    return hints.template.replace("{answer}", answer).replace("{question}", bare_question(example.prompt))
+    return hinted(hints.template, bare_question(example.prompt), answer)
 
 
 def needs_hint(answers: Sequence[Parsed], example: Example, task: Task) -> bool:

@@ -88,12 +88,15 @@ class Prompter:
         return self.spec.template.replace("{prompt}", bare_question(prompt) if self.spec.style == "chat" else prompt)
 
     def render(self, example: Example, hint: str = "") -> Prompt:
-        question = self.question(example, hint)
+        return self.framed(self.question(example, hint))
+
+    def framed(self, question: str) -> Prompt:
+        """A question as it is, behind the exemplars."""
         return self.head + question if isinstance(self.head, str) else (*self.head, Message("user", question))
 
 
-def make_prompter(spec: PromptSpec) -> Prompter:
-    exemplars = read_exemplars(spec.exemplars) if spec.exemplars else ()
+def make_prompter(spec: PromptSpec, *, where: str = "rationales.prompt") -> Prompter:
+    exemplars = read_exemplars(spec.exemplars, where=where) if spec.exemplars else ()
     chosen = exemplars[: spec.num_exemplars] if spec.num_exemplars else exemplars
     if spec.style == "text":
         return Prompter(spec, chosen, "".join(f"{few_shot(e.question)} {e.rationale} {e.answer}\n\n" for e in chosen))
@@ -102,6 +105,11 @@ def make_prompter(spec: PromptSpec) -> Prompter:
         turns.append(Message("user", exemplar.question))
         turns.append(Message("assistant", f"{exemplar.rationale} {exemplar.answer}"))
     return Prompter(spec, chosen, tuple(turns))
+
+
+def hinted(template: str, question: str, answer: str) -> str:
+    """A question that tells ``answer``, as ``template`` words it."""
+    return template.replace("{answer}", answer).replace("{question}", question)
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -115,9 +123,9 @@ def _plain(prompt: Prompt) -> str | list[list[str]]:
     return prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
 
 
-def read_exemplars(name: str) -> tuple[Exemplar, ...]:
-    """Exemplars from a file of the user's, or from the package's own by name."""
-    where = f"rationales.prompt.exemplars '{name}'"
+def read_exemplars(name: str, *, where: str = "rationales.prompt") -> tuple[Exemplar, ...]:
+    """Exemplars from a file of the user's, or from the package's own by name; ``where``: the section that names it."""
+    where = f"{where}.exemplars '{name}'"
     candidates = (find_file(name), find_file(f"data/exemplars/{name}.yaml"))  # the first may be a folder with data
     path = next((found for found in candidates if found is not None and found.is_file()), None)
     if path is None:

@@ -61,12 +61,17 @@ class Recipe(Component):
     @classmethod
     def _members_exist(cls, teachers: dict[str, TensorTeacherSpec]) -> dict[str, TensorTeacherSpec]:
         for name, teacher in teachers.items():
-            unknown = [member for member in teacher.members() if member not in teachers]
+            unknown = [member for member in teacher.made_of() if member not in teachers]
             if unknown:
                 others = sorted(set(teachers) - {name})
                 raise ValueError(f"{name}: it is made of {unknown}, but the recipe's other teachers are {others}")
         for name in teachers:
             _refuse_circles(teachers, (name,))
+        for name, teacher in teachers.items():
+            try:
+                teacher.check_others(teachers)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         return teachers
 
     @model_validator(mode="after")
@@ -77,6 +82,7 @@ class Recipe(Component):
                     f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(self.teachers)}. "
                     "Add it under `teachers:`"
                 )
+            self._teacher_fits(term)
             if self.rationales is None and set(term.targets) != {"label"}:
                 raise ValueError(
                     f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
@@ -94,6 +100,13 @@ class Recipe(Component):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         self._ablations_exist()
         return self
+
+    def _teacher_fits(self, term: Term) -> None:
+        if term.teacher is not None:
+            try:
+                self.teachers[term.teacher].check_loss(term.loss)
+            except ValueError as error:
+                raise ValueError(f"objective.{term.name}.loss: {error}") from None
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
@@ -115,7 +128,7 @@ class Recipe(Component):
 
 def _refuse_circles(teachers: Mapping[str, TensorTeacherSpec], way: tuple[str, ...]) -> None:
     """Follows what the last teacher of ``way`` is made of, and so on down."""
-    for member in teachers[way[-1]].members():
+    for member in teachers[way[-1]].made_of():
         if member in way:
             circle = " > ".join([*way[way.index(member) :], member])
             raise ValueError(f"{member}: it is made of itself ({circle}). Take it out of one of them")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill_llm.core.component import Component
 from distill_llm.core.signals import Batch, LazySignals, Signals, select_rows, signals_of
+from distill_llm.core.sparse import SparseSignals
 from distill_llm.models.forward import forward
-from distill_llm.teachers.base import LazyTeacher
+from distill_llm.teachers.base import DeepTeacher, LazyTeacher
 
 if TYPE_CHECKING:
+    from distill_llm.core.features import Reading
     from distill_llm.models.head import OutputHead
     from distill_llm.objective import Objective
     from distill_llm.teachers.base import TensorTeacher
 
-Comparison = tuple[Signals | LazySignals, Mapping[str, Signals | LazySignals]]
+Taught = Signals | LazySignals | SparseSignals
+Comparison = tuple[Signals | LazySignals, Mapping[str, Taught]]
 """A student's signals, and those of its teachers. A teacher's are lazy only where the student's are."""
 
 
@@ -39,18 +43,23 @@ class Scheme(Component):
         ``model`` is the wrapped model: calling an inner module would skip the gradient's reduction over ranks.
         ``head``: the student's, where its logits are to be made in chunks; None: all at once.
         """
+        reading = objective.reading()
         if head is not None:
-            student = head.read(model, batch)
+            student = head.read(model, batch, reading)
             return [(student, _lazily(teachers, batch, objective, student))]
-        passed = forward(model, batch)
+        passed = forward(model, batch, reading)
         student = signals_of(passed.outputs.logits, batch, passed.at)
+        if reading:
+            from distill_llm.models.layers import heads_of
+
+            student = replace(student, features=passed.features(batch, reading, heads_of(model)))
         said = {}
         for name, teacher in teachers.items():
             if not any(term.teacher == name for term in objective.terms):
                 continue  # its terms have ended
             rows = objective.rows_for(name, batch)
             if bool(rows.any()):
-                said[name] = teacher.signals(select_rows(batch, rows))
+                said[name] = _asked(teacher, "signals", select_rows(batch, rows), objective.reading(name))
             else:
                 said[name] = student.where(student.targets < 0)
         return [(student, said)]
@@ -58,14 +67,23 @@ class Scheme(Component):
 
 def _lazily(
     teachers: Mapping[str, TensorTeacher], batch: Batch, objective: Objective, student: LazySignals
-) -> dict[str, Signals | LazySignals]:
+) -> dict[str, Taught]:
     """What each teacher says of the targets that it is asked about; nothing of one that has no token here."""
-    said: dict[str, Signals | LazySignals] = {}
+    said: dict[str, Taught] = {}
     here = set(student.tokens.spans)
     for name, teacher in teachers.items():
         asked = objective.asks(name) & here
         if not asked:
             continue
         part = batch if asked == here else select_rows(batch, objective.rows_for(name, batch))
-        said[name] = teacher.lazy_signals(part) if isinstance(teacher, LazyTeacher) else teacher.signals(part)
+        how = "lazy_signals" if isinstance(teacher, LazyTeacher) else "signals"
+        said[name] = _asked(teacher, how, part, objective.reading(name))
     return said
+
+
+def _asked(teacher: TensorTeacher, how: Literal["signals", "lazy_signals"], batch: Batch, reading: Reading) -> Taught:
+    """Its signals, with its layers where the objective looks at them."""
+    if not reading:
+        return getattr(teacher, how)(batch)
+    assert isinstance(teacher, DeepTeacher), "checked when the teachers were opened"
+    return getattr(teacher, how)(batch, reading)

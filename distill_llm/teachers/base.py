@@ -5,19 +5,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
 
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.features import LOGITS, Reading, Shape, Side
+from distill_llm.losses.layers import FeatureLoss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distill_llm.core.example import Example
     from distill_llm.core.signals import Batch, LazySignals, Signals
+    from distill_llm.core.sparse import SparseSignals
+    from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
+    from distill_llm.teachers.view import Reader, TeacherView
 
 
 class Sampling(Component):
@@ -155,7 +161,7 @@ class TeacherFacts:
 class TensorTeacher(Protocol):
     """A live teacher of signals."""
 
-    def signals(self, batch: Batch) -> Signals:
+    def signals(self, batch: Batch) -> Signals | SparseSignals:
         """Its signals at the supervised tokens of ``batch``, without gradient."""
         ...
 
@@ -167,6 +173,19 @@ class LazyTeacher(TensorTeacher, Protocol):
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The same, without logits yet."""
         ...
+
+
+@runtime_checkable
+class DeepTeacher(LazyTeacher, Protocol):
+    """One whose layers can be looked at: its signals come with what a ``reading`` wants of them."""
+
+    def show(self, reading: Reading) -> Mapping[Side, Shape]:
+        """Prepares to be read so; gives layers and width of each of its sides. Raises ConfigError where it cannot."""
+        ...
+
+    def signals(self, batch: Batch, reading: Reading = LOGITS) -> Signals: ...
+
+    def lazy_signals(self, batch: Batch, reading: Reading = LOGITS) -> LazySignals: ...
 
 
 @runtime_checkable
@@ -189,12 +208,83 @@ class MovingTeacher(TensorTeacher, Protocol):
 class TensorTeacherSpec(Component):
     """The recipe's side of a tensor teacher."""
 
+    has_layers: ClassVar[bool] = True
+    """It opens as a DeepTeacher, for losses on layers."""
+    manner: ClassVar[frozenset[str]] = frozenset({"device"})
+    """Fields that say how it is run, not what it says."""
+    moves: ClassVar[bool] = False
+    """It changes while the student learns."""
+    asked_once: ClassVar[bool] = False
+    """What it is made of runs once a row, however often the student sees the row."""
+    has_head: ClassVar[bool] = False
+    """It is one model, whose head makes its logits."""
+
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
 
     def members(self) -> tuple[str, ...]:
-        """Names of the recipe's other teachers that it is made of."""
+        """Names of the recipe's other teachers that are opened with it, and that it is made of."""
         return ()
+
+    def made_of(self) -> tuple[str, ...]:
+        """Names of the recipe's other teachers that it is made of, opened with it or not."""
+        return self.members()
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether it speaks of all words, at any temperature."""
+        return True
+
+    def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        """Raises ValueError where it cannot be made of those of ``others`` that it names. Reads no file."""
+        foreign = [name for name in self.made_of() if others[name].speaks_otherwise()]
+        if foreign:
+            raise ValueError(
+                f"it speaks of the student's words, but {foreign} has a tokenizer of its own. Give each such teacher a "
+                "term of its own, with the loss universal_logit"
+            )
+
+    def check_loss(self, loss: TermLoss) -> None:
+        """Raises ValueError where ``loss`` cannot be computed from what it says. Reads no file."""
+        kind = type(loss).model_fields["kind"].default
+        if isinstance(loss, FeatureLoss):
+            if not self.has_layers:
+                raise ValueError("it looks at layers, and the teacher has none of its own. Name a frozen teacher")
+            if self.own_view() is not None or self.speaks_otherwise():
+                raise ValueError(
+                    f"{kind} compares layers at tokens that both models read, but the teacher reads others (`view`, "
+                    "`own_tokenizer`). Name a teacher without these"
+                )
+        elif self.speaks_otherwise() and not loss.any_tokenizer:
+            raise ValueError(
+                f"{kind} compares word with word, but the teacher has a tokenizer of its own. Use the loss "
+                "universal_logit, or remove own_tokenizer if the student has the same tokenizer"
+            )
+
+    def placed(self, folder: Path) -> TensorTeacherSpec:
+        """With ``folder``, that of the run for this teacher, as the place of its files, where it has any."""
+        return self
+
+    def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
+        """All that decides its signals but the rows; what stands in the recipe, and of files what is in them."""
+        own = self.model_dump(mode="json", exclude=set(self.manner))
+        members = {name: others[name].identity(others) for name in self.members()}
+        return own | ({"members": members} if members else {})
+
+    def speaks_otherwise(self) -> bool:
+        """Whether its words are not the student's: it has a tokenizer of its own."""
+        return False
+
+    def own_view(self) -> TeacherView | None:
+        """What it sees of an example in its own way; None where it reads what the student reads."""
+        return None
+
+    def reader(self, student: Any = None) -> Reader | None:
+        """The same with the tokenizer for it. Loads no weights.
+
+        ``student``: a LoadedModel; None while there is none yet, when a teacher that is made of it cannot say either.
+        """
+        return None
 
     @abstractmethod
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
@@ -205,11 +295,9 @@ class TensorTeacherSpec(Component):
         """Its own size, that of its members aside, for the compute of a step; no weights are read for it."""
 
 
-def parameters_run(teachers: Mapping[str, TensorTeacherSpec], name: str, student_parameters: int) -> int:
-    """Parameters that work where teacher ``name`` is asked, those of its members included."""
-    spec = teachers[name]
-    members = sum(parameters_run(teachers, member, student_parameters) for member in spec.members())
-    return spec.num_parameters(student_parameters) + members
+def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[str]:
+    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice."""
+    return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,18 +320,24 @@ class StudentFacts:
             names = {True: "an encoder-decoder", False: "decoder-only"}
             raise ConfigError(
                 f"{where}: the teacher is {names[config.is_encoder_decoder]}, the student is "
-                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; teach by "
-                "rationales (text) instead."
+                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; give the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by rationales (text)."
             )
         if vocabulary != self.vocabulary:
             different = [word for word, index in self.vocabulary.items() if vocabulary.get(word) != index]
             raise ConfigError(
                 f"{where}: teacher and student have different vocabularies ({len(vocabulary)} and "
                 f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
-                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or teach by text."
+                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or the teacher "
+                "`own_tokenizer: true` and the term the loss universal_logit, or teach by text."
             )
-        if config.vocab_size < self.width:
-            raise ConfigError(
-                f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {self.width}: some words "
-                "have no logit. Choose a tokenizer that belongs to the model."
-            )
+        check_head(config, self.width, where=where)
+
+
+def check_head(config: Any, width: int, *, where: str) -> None:
+    """Raises ConfigError where a teacher's head is too small for the ``width`` words of its tokenizer."""
+    if config.vocab_size < width:
+        raise ConfigError(
+            f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {width}: some words "
+            "have no logit. Choose a tokenizer that belongs to the model."
+        )

@@ -5,11 +5,12 @@ M tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from distill_llm.core.features import LOGITS, Features, Reading, Shape, Side
 from distill_llm.core.signals import Batch, LazySignals, Signals, signals_of, tokens_of
 from distill_llm.models.forward import forward
 
@@ -33,29 +34,34 @@ class ModelBeside:
         self._width = width
         self._head: OutputHead | None = None
 
-    def signals(self, batch: Batch) -> Signals:
+    def show(self, reading: Reading) -> Mapping[Side, Shape]:
+        """Layers and width of each side of the model, whose attention gives its probabilities from now on if wanted."""
+        from distill_llm.models.layers import shapes_of, show_attention
+
+        show_attention(self._model, sorted(reading.attention), where=self.whose)
+        return shapes_of(self._model)
+
+    def signals(self, batch: Batch, reading: Reading = LOGITS) -> Signals:
         """What the model says of the supervised tokens, in row order."""
         import torch
 
         near = self._brought(batch)
         with torch.no_grad():
-            passed = forward(self._model, near)
+            passed = forward(self._model, near, reading)
             said = signals_of(passed.outputs.logits[..., : self._width], near, passed.at)
+            features = passed.features(near, reading, {}) if reading else {}
         home = batch["labels"].device
         agreement = None if said.agreement is None else said.agreement.to(home)
-        return Signals(said.logits.to(home), said.token_ids.to(home), said.targets.to(home), agreement)
+        ids, targets = said.token_ids.to(home), said.targets.to(home)
+        return Signals(said.logits.to(home), ids, targets, agreement, _brought_home(features, home))
 
-    def lazy_signals(self, batch: Batch) -> LazySignals:
+    def lazy_signals(self, batch: Batch, reading: Reading = LOGITS) -> LazySignals:
         """The same, without logits yet."""
         import torch
 
-        from distill_llm.models.head import OutputHead
-
-        if self._head is None:
-            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
         home = batch["labels"].device
         with torch.no_grad():
-            said = self._head.read(self._model, self._brought(batch))
+            said = self.head().read(self._model, self._brought(batch), reading)
             if home == self._device:
                 return said
             return replace(
@@ -64,7 +70,16 @@ class ModelBeside:
                 hidden=said.hidden.to(home),
                 make_logits=partial(_made_elsewhere, said.make_logits, self._device),
                 anchor=said.anchor.to(home),
+                features=_brought_home(said.features, home),
             )
+
+    def head(self) -> OutputHead:
+        """The model's own, which makes its logits of hidden states."""
+        from distill_llm.models.head import OutputHead
+
+        if self._head is None:
+            self._head = OutputHead(self._model, width=self._width, whose=self.whose)
+        return self._head
 
     @property
     def _device(self) -> device:
@@ -73,6 +88,10 @@ class ModelBeside:
     def _brought(self, batch: Batch) -> Batch:
         near = self._device
         return {name: column.to(near) for name, column in batch.items()}
+
+
+def _brought_home(features: Mapping[Side, Features], home: device) -> dict[Side, Features]:
+    return {side: found.to(home) for side, found in features.items()}
 
 
 def _made_elsewhere(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.view import Reader, TeacherView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +40,7 @@ class EmaTeacher(ModelBeside):
         decay = min(1 - 1 / (step + 1), self._decay)
         with torch.no_grad():
             for name, mean in self._moving.items():
-                mean.lerp_(weights[name].to(mean.device), 1 - decay)
+                mean.lerp_(_whole(weights[name]).to(mean.device), 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The weights that move, by name."""
@@ -54,16 +55,33 @@ class EmaTeacher(ModelBeside):
                 weight.copy_(state[name])
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself where FSDP has shared it out among processes, all of which ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 class Ema(TensorTeacherSpec):
     """The exponential moving average of the student's weights, moved after every optimiser step.
 
     Tarvainen & Valpola 2017, arXiv:1703.01780, sec. 2. As in their code, the decay is at most 1 - 1/(step + 1): a
-    plain mean of all weights so far, until the exponential one is the better. Ours sees the student's own input; the
-    only noise between the two is the student's dropout.
+    plain mean of all weights so far, until the exponential one is the better. Ours sees the student's own input, unless
+    it has a `view`; the only noise between the two is the student's dropout.
     """
 
+    moves: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
     decay: float = Field(default=0.999, gt=0, lt=1, description="what is kept of the average at each step")
+    view: TeacherView | None = Field(default=None, description="absent: it reads what the student reads")
+
+    def own_view(self) -> TeacherView | None:
+        return self.view
+
+    def reader(self, student: Any = None) -> Reader | None:
+        if self.view is None or student is None:
+            return None
+        return Reader(self.view, student.tokenizer, student.model.config, "")
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         assert student.model is not None, "an ema teacher is a copy of StudentFacts.model"

@@ -5,10 +5,10 @@ N supervised tokens, M of them, V vocabulary, D hidden size (of all members toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +16,10 @@ from distill_llm.core.signals import Batch, LazySignals, Signals
 from distill_llm.teachers.base import LazyTeacher, StudentFacts, TensorTeacher, TensorTeacherSpec
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor, dtype
+
+    from distill_llm.core.sparse import SparseSignals
 
 Mean: TypeAlias = Literal["probabilities", "logits"]
 By: TypeAlias = Literal["fixed", "confidence"]
@@ -33,8 +35,8 @@ class EnsembleTeacher:
         self._mix: Mix = partial(mixed, weights=tuple(weights), mean=mean, by=by)
 
     def signals(self, batch: Batch) -> Signals:
-        said = [member.signals(batch).narrowed(self._width) for member in self._members]
-        return replace(said[0], logits=self._mix([one.logits for one in said]))
+        said = [_all_words(member.signals(batch)).narrowed(self._width) for member in self._members]
+        return replace(said[0], logits=self._mix([one.logits for one in said]), known=_known_to_all(said))
 
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The members' hidden states side by side; each chunk of them goes back to the heads that they came from.
@@ -43,10 +45,11 @@ class EnsembleTeacher:
         """
         import torch
 
-        said = [_lazy(member, batch) for member in self._members]
+        said = [lazily(member, batch) for member in self._members]
         parts = [(one.make_logits, one.hidden.size(-1), one.hidden.dtype) for one in said]
         hidden = torch.cat([one.hidden for one in said], -1)  # in a type that holds each of theirs without a loss
-        return replace(said[0], hidden=hidden, make_logits=partial(self._chunk, parts), weights=())
+        make_logits = partial(self._chunk, parts)
+        return replace(said[0], hidden=hidden, make_logits=make_logits, weights=(), known=_known_to_all(said))
 
     def _chunk(self, parts: Sequence[Part], hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
         pieces = hidden.split([size for _, size, _ in parts], -1)
@@ -83,12 +86,13 @@ def mixed(
     return total
 
 
-def _lazy(member: TensorTeacher, batch: Batch) -> LazySignals:
+def lazily(member: TensorTeacher, batch: Batch) -> LazySignals:
+    """A teacher's lazy signals; where its logits cannot wait, they stand in place of its hidden states."""
     if isinstance(member, LazyTeacher):
         return member.lazy_signals(batch)
     from distill_llm.core.signals import tokens_of
 
-    said = member.signals(batch)
+    said = _all_words(member.signals(batch))
     by_target = said.targets.argsort(stable=True)  # the order of lazy tokens
     return LazySignals(
         tokens=tokens_of(batch),
@@ -97,7 +101,20 @@ def _lazy(member: TensorTeacher, batch: Batch) -> LazySignals:
         weights=(),
         anchor=said.logits[:0].float().sum(),
         chunk_tokens=max(1, len(by_target)),
+        known=None if said.known is None else said.known[by_target],
     )
+
+
+def _all_words(said: Signals | SparseSignals) -> Signals:
+    assert isinstance(said, Signals), "a recipe with such a member is refused"
+    return said
+
+
+def _known_to_all(said: Sequence[Signals | LazySignals]) -> Bool[Tensor, " N"] | None:
+    import torch
+
+    known = [one.known for one in said if one.known is not None]
+    return torch.stack(known).all(0) if known else None
 
 
 def _as_it_is(logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
@@ -108,6 +125,7 @@ class Ensemble(TensorTeacherSpec):
     """Other teachers of the recipe, run one after the other and mixed token by token; each is opened once."""
 
     kind: Literal["ensemble"] = "ensemble"
+    has_layers: ClassVar[bool] = False
     of: tuple[str, ...] = Field(min_length=2, description="names of other teachers of the recipe")
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         default=(), description="one for each of `of`, in any unit; empty: all alike"
@@ -133,6 +151,15 @@ class Ensemble(TensorTeacherSpec):
 
     def members(self) -> tuple[str, ...]:
         return self.of
+
+    def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
+        super().check_others(others)
+        for name in self.of:
+            if not others[name].gives_logits:
+                raise ValueError(
+                    f"{name} keeps some words of each token only, and cannot be mixed with others. Let the cache be "
+                    "of the ensemble, or keep `payload: {kind: last_hidden}`"
+                )
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         assert len(members) == len(self.of), "each of `of` is opened first"

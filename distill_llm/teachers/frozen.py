@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec, check_head
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.view import AS_THE_STUDENT, Reader, TeacherView
 
 
 class FrozenTeacher(ModelBeside):
@@ -18,8 +19,9 @@ class FrozenTeacher(ModelBeside):
 
 
 class Frozen(TensorTeacherSpec):
-    """Sees the same input as the student, prefix included."""
+    """Sees the same input as the student, prefix included, or through a `view` a prompt of its own."""
 
+    has_head: ClassVar[bool] = True
     kind: Literal["frozen"] = "frozen"
     model: str = Field(min_length=1, description="Hub id or folder")
     revision: str = "main"
@@ -28,6 +30,41 @@ class Frozen(TensorTeacherSpec):
         default="full", description="8bit and 4bit quantize the weights through bitsandbytes"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:NUMBER or mps; auto: the student's")
+    view: TeacherView | None = Field(default=None, description="absent: it reads what the student reads")
+    own_tokenizer: bool = Field(
+        default=False, description="of another vocabulary, or of another family, than the student: for universal_logit"
+    )
+    align: Literal["text", "position"] = Field(
+        default="text",
+        description="with own_tokenizer, tokens are compared that begin at the same character, or with the same number",
+    )
+
+    @model_validator(mode="after")
+    def _aligns_its_own(self) -> Frozen:
+        if self.align != "text" and not self.own_tokenizer:
+            raise ValueError(
+                f"`align: {self.align}` is for tokens of another tokenizer. Set own_tokenizer: true, or remove `align`"
+            )
+        return self
+
+    def speaks_otherwise(self) -> bool:
+        return self.own_tokenizer
+
+    def own_view(self) -> TeacherView | None:
+        return AS_THE_STUDENT if self.view is None and self.own_tokenizer else self.view
+
+    def reader(self, student: Any = None) -> Reader | None:
+        from distill_llm.models.load import read_config, read_tokenizer
+
+        view = self.own_view()
+        if view is None:
+            return None
+        return Reader(
+            view,
+            read_tokenizer(self.model, self.revision, where=self._where),
+            read_config(self.model, self.revision, where=self._where),
+            self.align if self.own_tokenizer else "",
+        )
 
     def check(self) -> None:
         from distill_llm.models.load import check_bits, choose_device, read_config
@@ -41,10 +78,23 @@ class Frozen(TensorTeacherSpec):
 
         where = self._where
         vocabulary = read_tokenizer(self.model, self.revision, where=where).get_vocab()
-        student.must_share(vocabulary, read_config(self.model, self.revision, where=where), where=where)
+        config = read_config(self.model, self.revision, where=where)
+        width = student.width
+        if self.own_tokenizer:
+            width = max(vocabulary.values()) + 1
+            check_head(config, width, where=where)
+        else:
+            student.must_share(vocabulary, config, where=where)
         device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
         model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
-        return FrozenTeacher(model, student.width)
+        return FrozenTeacher(model, width)
+
+    def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
+        from distill_llm.models.load import weights_of
+
+        own = super().identity(others)
+        del own["model"], own["revision"]
+        return own | {"weights": weights_of(self.model, self.revision, where=self._where)}
 
     def num_parameters(self, student_parameters: int) -> int:
         from distill_llm.models.load import count_parameters

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from distill_llm.core.signals import Signals
-from distill_llm.objective import Term, Watch
+from distill_llm.core.sparse import SparseSignals
+from distill_llm.objective import Taught, Term, Watch
 
 
 class Diagnostics:
@@ -51,37 +52,53 @@ class _Step:
 
     def __init__(self, terms: Sequence[Term], device: torch.device):
         self._terms = tuple(terms)
-        self._sums = {term.name: torch.zeros(4, device=device) for term in self._terms}
+        self._sums = {term.name: torch.zeros(5, device=device) for term in self._terms}
 
-    def watch(self, term: Term, student: Signals, teacher: Signals | None, part: Tensor) -> None:
+    def watch(self, term: Term, student: Signals, teacher: Taught | None, part: Tensor) -> None:
         """Adds some tokens of a term; ``part`` is what they add to the loss, with its graph."""
         sums = self._sums[term.name]
         if teacher is not None:
-            sums[:3] += _beside_teacher(student, teacher)
+            sums[:4] += _beside_teacher(*_of_known(student, teacher))
         if len(self._terms) > 1 and part.requires_grad:
             # The logits are the last that all terms share, and each token has its own: the square over a whole step is
             # the sum over its tokens, and no backward pass of the model is needed.
             (gradient,) = torch.autograd.grad(part, student.logits, retain_graph=True)
-            sums[3] += gradient.float().square().sum()
+            sums[4] += gradient.float().square().sum()
 
     def values(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Shares and means; one of nothing is left out."""
         sums = add_up(torch.stack(list(self._sums.values()))).tolist()
         norms = [square**0.5 for *_, square in sums]
         logs: dict[str, float] = {}
-        for term, (tokens, same, entropy, _), norm in zip(self._terms, sums, norms, strict=True):
-            if tokens:
+        for term, (tokens, same, entropy, mass, _), norm in zip(self._terms, sums, norms, strict=True):
+            if tokens and not term.loss.any_tokenizer:  # or the same number may be another word
                 logs[f"agreement_{term.name}"] = same / tokens
+            if tokens:
                 logs[f"teacher_entropy_{term.name}"] = entropy / tokens
+            if mass:  # of signals that keep the likeliest words alone
+                logs[f"captured_mass_{term.name}"] = mass / tokens
             if sum(norms) > 0:
                 logs[f"gradient_share_{term.name}"] = norm / sum(norms)
         return logs
 
 
+def _of_known(student: Signals, teacher: Taught) -> tuple[Signals, Taught]:
+    """Both at the tokens of which the teacher says something."""
+    if not isinstance(teacher, Signals) or teacher.known is None:
+        return student, teacher
+    return student.where(teacher.known), teacher.where(teacher.known)
+
+
 @torch.no_grad()
-def _beside_teacher(student: Signals, teacher: Signals) -> Tensor:
-    """Tokens, those whose likeliest word is the same, and the teacher's entropy in nats, over the teacher's words."""
+def _beside_teacher(student: Signals, teacher: Taught) -> Tensor:
+    """Tokens, those whose likeliest word is the same, the teacher's entropy in nats, over the teacher's words, and the
+    probability of those that were kept, 0 where all were."""
+    if isinstance(teacher, SparseSignals):
+        same = student.narrowed(teacher.width).logits.argmax(-1) == teacher.likeliest()
+        entropy, mass = teacher.entropy().sum(), teacher.captured_mass()
+        kept = entropy.new_zeros(()) if mass is None else mass.sum()
+        return torch.stack([entropy.new_full((), len(same)), same.sum(), entropy, kept])
     logits = teacher.logits.float()
     same = student.logits[:, : logits.size(-1)].argmax(-1) == logits.argmax(-1)
     entropy = torch.special.entr(logits.softmax(-1)).sum()
-    return torch.stack([entropy.new_full((), len(same)), same.sum(), entropy])
+    return torch.stack([entropy.new_full((), len(same)), same.sum(), entropy, entropy.new_zeros(())])

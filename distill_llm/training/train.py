@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,6 +24,7 @@ from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
+from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
 from distill_llm.training.precision import choose_precision
@@ -56,7 +58,7 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    collator = collator_for(student, spec.packing)
+    collator = collator_for(student, teachers, spec.packing)
     sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed, share_inputs=collator.part_tokens > 0)
     arguments = make_arguments(
         spec,
@@ -118,16 +120,26 @@ def fit(
     )
 
 
-def collator_for(student: LoadedModel, packing: Packing = "auto") -> Collator:
-    """Raises ConfigError where the recipe wants packing that the student does not know."""
+def collator_for(
+    student: LoadedModel, teachers: Mapping[str, TensorTeacher] = MappingProxyType({}), packing: Packing = "auto"
+) -> Collator:
+    """``teachers``: all that are open, members of others included.
+
+    Raises ConfigError where the recipe wants packing that the student does not know.
+    """
     pad = student.tokenizer.pad_token_id
+    views = {
+        name: Collator(teacher.reader.tokenizer.pad_token_id, teacher.reader.decoder_start_token_id)
+        for name, teacher in teachers.items()
+        if isinstance(teacher, ViewedTeacher)
+    }
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
-        return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens)
+        return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens, views=views)
     packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
     if packs:
         check_packing(student.model)
-    return Collator(pad, None, packs=packs)
+    return Collator(pad, None, packs=packs, views=views)
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:

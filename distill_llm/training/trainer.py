@@ -19,6 +19,7 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 from distill_llm.models.head import OutputHead
+from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
 from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Scheme
 from distill_llm.teachers.base import TensorTeacher
@@ -117,7 +118,8 @@ class DistillTrainer(Trainer):
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
-        total = torch.stack(losses).sum() * self.accelerator.num_processes  # undoes DDP's mean over ranks
+        total = torch.stack(losses).sum() + anchor_of(model)
+        total = total * self.accelerator.num_processes  # undoes DDP's mean over ranks
         return (total, {"loss": total}) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -132,15 +134,23 @@ class DistillTrainer(Trainer):
                 self._watch = None
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The student alone: hint heads lie beside it in a checkpoint, and are left out of the finished model."""
+        if head_weights(self.model):
+            state_dict = without_heads(cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self._moving.save(Path(output_dir))
+            save_heads(self.model, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._moving.load(Path(checkpoint))
+            load_heads(self.model, Path(checkpoint))
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The task's score on the validation examples."""

@@ -11,11 +11,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from distill_llm.cache.payload import Payload
 from distill_llm.core.answers import AnswerKind
 from distill_llm.core.component import Component, kinds
 from distill_llm.core.example import TARGETS, Example
 from distill_llm.core.signals import Signals
 from distill_llm.losses.base import Loss
+from distill_llm.losses.layers import FeatureLoss
 from distill_llm.rationales.keep import Chain, Keep
 from distill_llm.rationales.parse import parse
 from distill_llm.recipe.recipe import Recipe
@@ -26,13 +28,15 @@ from distill_llm.teachers.base import TensorTeacherSpec, TextTeacherSpec
 ROOT = Path(__file__).resolve().parents[2]
 BASES: dict[type[Component], str] = {
     Loss: "distill_llm.losses",
+    FeatureLoss: "distill_llm.losses",
     Task: "distill_llm.tasks",
     TextTeacherSpec: "distill_llm.teachers",
     TensorTeacherSpec: "distill_llm.teachers",
     Scheme: "distill_llm.schemes",
+    Payload: "distill_llm.cache",
     Keep: "distill_llm.rationales",
 }
-ONE_A_FILE = (Loss, Task, TextTeacherSpec, TensorTeacherSpec, Scheme)
+ONE_A_FILE = (Loss, FeatureLoss, Task, TextTeacherSpec, TensorTeacherSpec, Scheme, Payload)
 
 COMPONENTS = [(base, kind, cls) for base, package in BASES.items() for kind, cls in kinds(base, package).items()]
 LOSSES, TASKS, KEEPS = (kinds(base, BASES[base]) for base in (Loss, Task, Keep))
@@ -48,6 +52,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
     "ensemble": {"of": ["a", "b"]},
+    "cached": {"of": "a"},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
 every_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())

@@ -33,7 +33,9 @@ HEAVY = {
 HEAVY_FOLDERS = (
     f"{PACKAGE}/training/",
     f"{PACKAGE}/evaluation/metrics/",
+    f"{PACKAGE}/core/word_sums.py",
     f"{PACKAGE}/models/head.py",
+    f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 

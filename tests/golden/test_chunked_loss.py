@@ -20,10 +20,13 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.losses.hint import Hint
 from distill_llm.losses.jensen_shannon import JensenShannon
 from distill_llm.models.head import OutputHead
+from distill_llm.models.layers import add_heads, anchor_of
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.teachers.ema import EmaTeacher
 from distill_llm.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -334,20 +337,41 @@ chunked.train_in_processes(*sys.argv[2:])
 """
 
 
-def _steps(model: Any, name: str, chunk_tokens: int, rank: int | None, wrapped: Any = None) -> None:
+SHARED = Objective(
+    [
+        *OBJECTIVE.terms,
+        Term(name="own", loss=ForwardKL(), targets=("label",), teacher="own"),
+        Term(name="hint", loss=Hint(), targets=("label", "rationale"), teacher="wide", weight=0.1),
+    ]
+)
+"""With an average of the student's weights, which processes may have shared out, and a head learned beside it."""
+
+
+def _student(name: str) -> tuple[Any, dict[str, Any]]:
+    """A student with its head, and its teachers, before it is wrapped."""
+    model = _model(name)
+    sizes = {"d_model": 24} if model.config.is_encoder_decoder else {"hidden_size": 24}
+    teachers = {"own": EmaTeacher(model, decay=0.5), "big": FrozenTeacher(_model(name, seed=2))}
+    torch.manual_seed(4)
+    add_heads(model, {"hint": [(16, 24)]})
+    return model, teachers | {"wide": FrozenTeacher(_model(name, seed=3, **sizes))}
+
+
+def _steps(model: Any, teachers: dict[str, Any], chunk_tokens: int, rank: int | None, wrapped: Any = None) -> None:
     """Three steps of plain descent; ``rank`` None: all rows in this process."""
     wrapped = model if wrapped is None else wrapped
-    teacher = {"big": FrozenTeacher(_model(name, seed=2))}
     head = OutputHead(wrapped, chunk_tokens=chunk_tokens) if chunk_tokens else None
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.5)
-    for shares in STEPS:
+    for number, shares in enumerate(STEPS, start=1):
         whole = _batch(model, [row for share in shares for row in share])
         batch = whole if rank is None else _batch(model, shares[rank], laid_out=True)
-        ((said, taught),) = StepByStep().compare(wrapped, teacher, batch, OBJECTIVE, head)
-        loss, _ = OBJECTIVE(said, taught, OBJECTIVE.counts(whole))
+        ((said, taught),) = StepByStep().compare(wrapped, teachers, batch, SHARED, head)
+        loss, _ = SHARED(said, taught, SHARED.counts(whole))
+        loss = loss + anchor_of(wrapped)
         (loss if rank is None else 2 * loss).backward()  # undoes the mean over processes
         optimizer.step()
         optimizer.zero_grad()
+        teachers["own"].after_step(wrapped, number)
 
 
 def train_in_processes(way: str, name: str, folder: str) -> None:
@@ -360,7 +384,7 @@ def train_in_processes(way: str, name: str, folder: str) -> None:
 
     processes.init_process_group("gloo")
     leave_in_time()
-    model = _model(name)
+    model, teachers = _student(name)
     wrapped = model
     if way == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -372,7 +396,7 @@ def train_in_processes(way: str, name: str, folder: str) -> None:
         if way == "fsdp-head":
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True if way == "fsdp-resharded" else None)
-    _steps(model, name, 3, processes.get_rank(), wrapped)
+    _steps(model, teachers, 3, processes.get_rank(), wrapped)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if processes.get_rank() == 0:
         torch.save(state, f"{folder}/weights.pt")
@@ -394,9 +418,9 @@ def train_in_processes(way: str, name: str, folder: str) -> None:
 def test_two_processes_learn_what_one_learns_from_all_logits(way: str, name: str, tmp_path: Path) -> None:
     """In parts or packed, against padded rows. ``fsdp`` shards the head with the root, as accelerate does; the others
     take its weights away after the forward pass, with the root's or as a unit of its own."""
-    model = _model(name)
+    model, teachers = _student(name)
     fresh = copy.deepcopy(model.state_dict())
-    _steps(model, name, 0, None)
+    _steps(model, teachers, 0, None)
     expected = model.state_dict()
     (tmp_path / "process.py").write_text(PROCESS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "process.py"]
@@ -414,7 +438,8 @@ def test_two_processes_learn_what_one_learns_from_all_logits(way: str, name: str
     found = torch.load(tmp_path / "weights.pt")
     assert found.keys() == expected.keys()
     torch.testing.assert_close(dict(found), dict(expected), rtol=1e-4, atol=2e-5)
-    assert any((expected[key] - fresh[key]).abs().max() > 1e-2 for key in expected if "lm_head" in key)
+    for part in ("lm_head", "hint_heads"):
+        assert any((expected[key] - fresh[key]).abs().max() > 1e-2 for key in expected if part in key), part
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])

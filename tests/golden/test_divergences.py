@@ -23,6 +23,7 @@ from distill_llm.losses.reverse_kl import ReverseKL
 from distill_llm.losses.skew_forward_kl import SkewForwardKL
 from distill_llm.losses.skew_reverse_kl import SkewReverseKL
 from distill_llm.losses.total_variation import TotalVariation
+from distill_llm.losses.universal_logit import UniversalLogit
 
 Words: TypeAlias = list[float]
 N, V = 5, 9
@@ -47,6 +48,13 @@ def _total_variation(p: Words, q: Words) -> float:
     return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
 
 
+def _of_sorted(p: Words, q: Words) -> float:
+    """Boizard et al. 2024, arXiv:2402.12030: the likeliest word beside the likeliest, and 0 where one has no more."""
+    width = max(len(p), len(q))
+    ordered = [sorted(words, reverse=True) + [0.0] * (width - len(words)) for words in (p, q)]
+    return sum(abs(a - b) for a, b in zip(*ordered, strict=True))
+
+
 FORMULAS: dict[str, tuple[Divergence, Callable[[Words, Words], float], int]] = {
     "forward_kl": (ForwardKL(), _kl, 2),
     "reverse_kl": (ReverseKL(), lambda p, q: _kl(q, p), 2),
@@ -59,6 +67,7 @@ FORMULAS: dict[str, tuple[Divergence, Callable[[Words, Words], float], int]] = {
     "skew_reverse_kl": (SkewReverseKL(), lambda p, q: _kl(q, _blend(q, p, 0.1)), 2),
     "skew_reverse_kl of 0.7": (SkewReverseKL(mixture=0.7), lambda p, q: _kl(q, _blend(q, p, 0.7)), 2),
     "total_variation": (TotalVariation(), _total_variation, 1),
+    "universal_logit": (UniversalLogit(), _of_sorted, 1),
 }
 every_divergence = pytest.mark.parametrize("name", FORMULAS)
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
@@ -124,6 +133,41 @@ def test_value_and_gradient_are_those_of_the_formula(name: str, temperature: flo
     assert min(expected) > 1e-2, "teacher and student must differ, or little is compared"
 
 
+@every_temperature
+@pytest.mark.parametrize("widths", [(V, V - 4), (V - 4, V), (1, V), (V, 1)], ids=str)
+def test_vocabularies_of_two_sizes_are_compared_by_rank(widths: tuple[int, int], temperature: float) -> None:
+    student, teacher = _logits(1)[:, : widths[0]], _logits(2)[:, : widths[1]]
+    got, gradient = _value_and_gradient(UniversalLogit(temperature=temperature), student, teacher)
+    rows = list(zip(student.tolist(), teacher.tolist(), strict=True))
+    expected = [_naive("universal_logit", z, t, temperature) for z, t in rows]
+    slopes = [_slopes(lambda moved, t=t: _naive("universal_logit", moved, t, temperature), z) for z, t in rows]
+    torch.testing.assert_close(got.double(), torch.tensor(expected).double(), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(gradient.double(), torch.tensor(slopes).double(), atol=2e-5, rtol=2e-5)
+    assert min(expected) > 1e-2
+
+
+def test_which_word_is_meant_is_all_the_same_to_it() -> None:
+    """So it is zero for the same opinion of other words, and where the larger vocabulary's rest is never said."""
+    student = _logits(1)
+    shuffled = student[:, torch.randperm(V, generator=torch.Generator().manual_seed(5))]
+    assert UniversalLogit()(_signals(student), _signals(shuffled)).abs().max() < 1e-6
+    wide = torch.cat([torch.full((N, 3), -inf), student, torch.full((N, 2), -1e4)], -1)
+    assert UniversalLogit()(_signals(student), _signals(wide)).abs().max() < 1e-6
+    assert UniversalLogit()(_signals(wide), _signals(student)).abs().max() < 1e-6
+
+
+def test_vocabularies_of_two_sizes_in_bfloat16_at_huge_logits() -> None:
+    student = (1e4 * _logits(1).sign()).bfloat16().requires_grad_()
+    teacher = torch.cat([-student.detach(), student.detach()], -1).requires_grad_()
+    found = UniversalLogit()(_signals(student), _signals(teacher))
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
 def test_squared_differences_are_those_of_the_formula() -> None:
     student, teacher = _logits(1) + 3.0, _logits(2) - 4.0
     got, gradient = _value_and_gradient(LogitMSE(), student, teacher)
@@ -169,6 +213,30 @@ def test_jensen_shannon_is_that_of_trl(beta: float) -> None:
     theirs = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=2.0, reduction="sum")
     ours = JensenShannon(mixture=beta, temperature=2.0)(_signals(student), _signals(teacher)).sum()
     torch.testing.assert_close(ours / 4, theirs)  # theirs has no factor temperature^2
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        (ForwardKL(temperature=2.0), 0.0),
+        (JensenShannon(mixture=0.3, temperature=2.0), 0.3),
+        (ReverseKL(temperature=2.0), 1.0),
+    ],
+    ids=repr,
+)
+def test_values_and_gradients_are_those_of_trls_chunked_divergence(loss: Divergence, beta: float) -> None:
+    """Which makes the logits itself, tile by tile, from hidden states and heads, and derives by hand."""
+    kernels = pytest.importorskip("trl.kernels.chunked_divergence")
+    hidden, taught = torch.randn(2, N, 3, generator=torch.Generator().manual_seed(1)).unbind()
+    weight, head = (2 * torch.randn(2, V, 3, generator=torch.Generator().manual_seed(2))).unbind()
+    learned = hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    theirs, _ = kernels.ChunkedDivergenceFunction.apply(hidden, weight, None, taught, head, None, beta, 2.0)
+    ours = loss(_signals(hidden @ weight.T), _signals(taught @ head.T))
+    torch.testing.assert_close(ours / 4, theirs)  # theirs has no factor temperature^2
+    upstream = torch.rand(N, generator=torch.Generator().manual_seed(3))
+    expected = torch.autograd.grad(theirs, learned, upstream)
+    for got, wanted in zip(torch.autograd.grad(ours / 4, learned, upstream), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 @every_divergence

@@ -73,7 +73,7 @@ def _trainer(
         args=make_arguments(spec, folder, max_steps=steps, seed=3, validates=False, micro_batches=micro_batches),
         rows=rows,
         step_sampler=sampler,
-        collator=collator_for(student),
+        collator=collator_for(student, {}),
         scheme=StepByStep(),
         objective=objective,
         **options,

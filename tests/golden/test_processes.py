@@ -49,6 +49,13 @@ def _recipe(family: str, folder: Path, teacher: Path) -> dict[str, Any]:
         "student": {"config": SIZES[family] | dropout, "tokenizer": str(teacher)},
         "teachers": {"big": {"kind": "frozen", "model": str(teacher)}},
         "objective": [
+            {
+                "name": "hint",
+                "loss": {"kind": "hint"},
+                "targets": ["label", "rationale"],
+                "teacher": "big",
+                "until": 0.5,  # its heads get no gradient after that, and DDP waits for all
+            },
             {"name": "label", "loss": {"kind": "cross_entropy"}, "targets": ["label"]},
             {"name": "rationale", "loss": {"kind": "cross_entropy"}, "targets": ["rationale"], "weight": 0.5},
             {
@@ -98,7 +105,8 @@ def test_two_processes_train_what_one_process_trains(
     here each process leaves a log, and one that trained alone would see half of each step's rows."""
     build: Callable[..., LoadedModel] = request.getfixturevalue(f"tiny_{family}")
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
-    teacher = build(seed=8, tokenizer="bytes_bpe", text=" ".join(row["rationale"] for row in rows))
+    wider = {"d_model": 24} if family == "t5" else {"hidden_size": 24}
+    teacher = build(seed=8, tokenizer="bytes_bpe", text=" ".join(row["rationale"] for row in rows), **wider)
     teacher.model.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.save_pretrained(tmp_path / "teacher")
     weights, results = [], []

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from distill_llm.core.signals import IGNORE_INDEX, Signals, model_inputs, select_rows, signals_of
+from distill_llm.core.signals import (
+    IGNORE_INDEX,
+    Signals,
+    batch_of_view,
+    model_inputs,
+    select_rows,
+    signals_of,
+    view_column,
+)
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 
@@ -56,6 +64,28 @@ def test_where_keeps_order_and_all_three_columns() -> None:
     assert part.logits.tolist() == [[2, 3], [6, 7]]
     assert part.token_ids.tolist() == [4, 6]
     assert part.targets.tolist() == [1, 1]
+
+
+def test_what_is_not_known_stays_with_its_token() -> None:
+    ids, targets = torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 0, 1])
+    known = torch.tensor([True, False, False, True])
+    signals = Signals(torch.arange(8.0).view(4, 2), ids, targets, torch.rand(4), known)
+    assert signals.where(targets == 1).known.tolist() == [False, True]  # type: ignore[union-attr]
+    assert signals.part(1, 3).known.tolist() == [False, False]  # type: ignore[union-attr]
+    assert signals.narrowed(1).known is known
+    assert Signals(signals.logits, ids, targets).part(0, 2).known is None
+
+
+def test_columns_of_a_teacher_are_found_by_its_whole_name() -> None:
+    """`a` and `a.b` are two teachers; neither reads the other's, and no model reads either's as its own."""
+    batch = Collator(0, 2)(ROWS)
+    for number, teacher in enumerate(("a", "a.b")):
+        batch |= {view_column(teacher, name): batch["input_ids"] + number for name in ("input_ids", "labels")}
+    for number, teacher in enumerate(("a", "a.b")):
+        own = batch_of_view(batch, teacher)
+        assert set(own) == {"targets", "agreement", "input_ids", "labels"}
+        assert torch.equal(own["input_ids"], batch["input_ids"] + number)
+    assert set(model_inputs(batch)) == {"input_ids", "attention_mask", "decoder_input_ids"}
 
 
 def test_a_model_is_given_no_labels() -> None:

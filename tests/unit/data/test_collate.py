@@ -21,6 +21,7 @@ def test_encoder_decoder() -> None:
         "labels": [[8, 1, -100], [10, 11, 1]],
         "targets": [2, 0],
         "agreement": [0.75, 1.0],
+        "keys": [861055911292001067, 2776375932385380135],
     }
 
 
@@ -33,6 +34,7 @@ def test_decoder_only() -> None:
         "labels": [[-100, -100, -100, 8, 1], [-100, 10, 11, 1, -100]],
         "targets": [2, 0],
         "agreement": [0.75, 1.0],
+        "keys": [861055911292001067, 2776375932385380135],
     }
 
 
@@ -43,3 +45,18 @@ def test_a_padding_token_that_is_a_real_token_is_still_learned(start: int | None
     assert batch["attention_mask"][0, :2].tolist() == [1, 1]
     assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]
     assert batch["labels"].dtype == torch.int64
+
+
+def test_keys_are_those_of_what_a_row_says_and_of_nothing_else() -> None:
+    """A cache on disk is found by them: the numbers above must never change."""
+    row = Row(0, "label", [5, 6], [7, 1], agreement=0.5)
+    assert row.key == Row(3, "label", (5, 6), (7, 1)).key
+    others = [
+        Row(0, "rationale", [5, 6], [7, 1]),
+        Row(0, "label", [5, 6], [8, 1]),
+        Row(0, "label", [6, 5], [7, 1]),
+        Row(0, "label", [5], [6, 7, 1]),
+        Row(0, "label", [5, 6, 7], [1]),
+    ]
+    assert len({one.key for one in (row, *others)}) == 6
+    assert all(0 <= one.key < 2**63 for one in others)

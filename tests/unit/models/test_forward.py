@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.features import Reading
 from distill_llm.core.layout import DECODER, ENCODER, PACKED, parts_of
 from distill_llm.core.signals import select_rows
 from distill_llm.data.collate import Collator
@@ -104,8 +105,8 @@ def test_the_encoder_reads_each_input_once_and_the_decoder_no_padding(tiny_t5: C
 
 def test_encoder_states_come_back_by_rows(tiny_t5: Callable[..., LoadedModel]) -> None:
     model = _t5(tiny_t5, 1).eval()
-    plain = forward(model, Collator(0, 0)(ROWS), output_hidden_states=True)
-    parted = forward(model, Collator(0, 0, 12)(ROWS), output_hidden_states=True)
+    plain = forward(model, Collator(0, 0)(ROWS), Reading(hidden=frozenset({"encoder", "decoder"})))
+    parted = forward(model, Collator(0, 0, 12)(ROWS), Reading(hidden=frozenset({"encoder", "decoder"})))
     batch = Collator(0, 0)(ROWS)
     rows, columns = batch["attention_mask"].nonzero(as_tuple=True)
     for one, other in zip(plain.outputs.encoder_hidden_states, parted.outputs.encoder_hidden_states, strict=True):
@@ -115,7 +116,7 @@ def test_encoder_states_come_back_by_rows(tiny_t5: Callable[..., LoadedModel]) -
         torch.testing.assert_close(parted.at(other, rows, columns), plain.at(one, rows, columns))
     assert forward(model, Collator(0, 0, 12)(ROWS)).outputs.encoder_last_hidden_state is None
     model.set_attn_implementation("eager")
-    maps = forward(model, Collator(0, 0, 12)(ROWS), output_attentions=True)
+    maps = forward(model, Collator(0, 0, 12)(ROWS), Reading(attention=frozenset({"self"})))
     assert maps.outputs.decoder_attentions[0].shape[0] == len(ROWS)
     assert maps.shape == (6, 6)
 
@@ -150,23 +151,23 @@ def test_a_model_that_mixes_packed_rows_is_refused(
     config = AutoConfig.for_model(model_type, vocab_size=40, **sizes)
     student = LoadedModel(AutoModelForCausalLM.from_config(config), tokenizer)
     with pytest.raises(ConfigError, match=r"train\.packing: \w+ cannot read several rows as one sequence"):
-        collator_for(student, "always")
-    assert not collator_for(student, "auto").packs
+        collator_for(student, packing="always")
+    assert not collator_for(student, packing="auto").packs
 
 
 def test_rows_are_packed_where_it_is_asked_for_or_pays(
     tiny_llama: Callable[..., LoadedModel], tiny_t5: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama, t5 = tiny_llama(), tiny_t5()
-    assert collator_for(llama, "always").packs
-    assert not collator_for(llama, "auto").packs, "sdpa computes what it masks"
-    assert collator_for(t5, "auto").part_tokens > 0
-    assert collator_for(t5, "never").part_tokens == 0
+    assert collator_for(llama, packing="always").packs
+    assert not collator_for(llama, packing="auto").packs, "sdpa computes what it masks"
+    assert collator_for(t5, packing="auto").part_tokens > 0
+    assert collator_for(t5, packing="never").part_tokens == 0
     monkeypatch.setattr("distill_llm.training.train.check_packing", lambda model: None)
     for attention in ("flash_attention_2", "flex_attention"):
         monkeypatch.setattr(llama.model.config, "_attn_implementation_internal", attention)
-        assert collator_for(llama, "auto").packs
-        assert not collator_for(llama, "never").packs
+        assert collator_for(llama, packing="auto").packs
+        assert not collator_for(llama, packing="never").packs
 
 
 @pytest.mark.parametrize("keep", [[True, False, True, False, False, True], [False, True, True, False, False, False]])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.data.rows import Row
+from distill_llm.data.rows import Row, RowView
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
 from distill_llm.recipe.load import parse_yaml, recipe_from
@@ -74,6 +75,24 @@ def test_a_teacher_of_two_terms_is_run_once_a_row() -> None:
 def test_two_teachers_are_paid_for_both() -> None:
     both = "objective.1={name: soft_too, loss: {kind: forward_kl}, targets: [label], teacher: huge}"
     assert _arms(_recipe(both), big=3000, huge=6000)["labels_same_compute"].max_steps == 400  # (6 + 6 + 12) / 6
+
+
+def test_a_teacher_with_a_view_of_its_own_is_paid_for_what_it_reads() -> None:
+    """Label rows of 12 and 10 tokens, of which it reads 112 and 110; as a member of an ensemble likewise."""
+    rows = [
+        replace(row, views={"big": RowView([5] * 100, [*row.input_ids, *row.label_ids], [])})
+        if row.target == "label"
+        else row
+        for row in ROWS
+    ]
+    both = "teachers.both={kind: ensemble, of: [big, huge]}"
+    asked = "objective.soft_label={name: soft, loss: {kind: forward_kl}, targets: [label], teacher: both}"
+    for recipe, forward in ((_recipe(), 222 * 2 * 90), (_recipe(both, asked), 222 * 2 * 90 + 22 * 2 * 500)):
+        sizes = {"big": 90, "huge": 500, "both": 0}
+        arms = {arm.name: arm for arm in plan_arms(recipe, rows, student_parameters=1000, teacher_parameters=sizes)}
+        student = ((LABELS + RATIONALES) * 6 * 1000 + forward) / 5
+        control = LABELS * 6 * 1000 / 2
+        assert arms["labels_same_compute"].max_steps == round(100 * student / control)
 
 
 def test_controls_learn_labels_alone_with_plain_cross_entropy() -> None:

@@ -111,3 +111,34 @@ def test_a_micro_batch_by_tokens_is_as_large_as_the_longest_rows_let_it_be(tmp_p
     assert "one micro-batch of 8 rows" in _said(by_rows, "memory")[0][1]
     ((_, said),) = _said(by_tokens, "memory")
     assert "one micro-batch of 3 rows" in said
+
+
+def _with_view(folder: Path, tiny: Any, view: str, targets: str) -> Diagnosis:
+    words = "predict explain : buys and . who pays more ? so the answer is + = > < hint ( ) q a"
+    big = tiny(text=f"{words} {' '.join(map(str, range(41)))}", tokenizer="bytes_bpe")
+    big.model.save_pretrained(folder / "big")
+    big.tokenizer.save_pretrained(folder / "big")
+    soft = f"{{name: soft, loss: {{kind: universal_logit}}, targets: {targets}, teacher: big}}"
+    teacher = f"teachers={{big: {{kind: frozen, model: {folder}/big, own_tokenizer: true, view: {view}}}}}"
+    label = "{name: label, loss: {kind: cross_entropy}, targets: [label]}"
+    return _examined(folder, teacher, f"objective=[{label}, {soft}]")
+
+
+def test_a_view_is_shown_with_what_has_no_counterpart(tmp_path: Path, tiny_llama: Any) -> None:
+    diagnosis = _with_view(tmp_path, tiny_llama, "{template: '{prompt}', gold_label: true}", "[rationale]")
+    assert diagnosis.may_run
+    (level, facts), (_, shown) = _said(diagnosis, "view of big")
+    assert level == "ok"
+    assert facts.startswith("reads up to ")
+    assert "who pays more ?" in shown
+    assert "\n(Hint: so " in shown
+    assert [facts.tokens for facts in diagnosis.terms] == [8, 68]
+    assert all(facts.gradient_norm > 0 for facts in diagnosis.terms)
+
+
+def test_a_teacher_that_is_told_what_it_is_asked_is_a_warning(tmp_path: Path, tiny_llama: Any) -> None:
+    diagnosis = _with_view(tmp_path, tiny_llama, "{gold_label: true}", "[label, rationale]")
+    assert diagnosis.may_run
+    level, said = _said(diagnosis, "view of big")[-1]
+    assert level == "warning"
+    assert "it can only repeat it" in said

@@ -14,6 +14,7 @@ from distill_llm.pipeline.preview import preview_rationales
 from distill_llm.pipeline.rationale_checks import without_exemplars
 from distill_llm.pipeline.rationale_stage import check, load_examples
 from distill_llm.pipeline.run import generate_rationales
+from distill_llm.rationales.prompts import make_prompter
 
 # The splits of the recipe ``even``: train has 0 to 11, validation 12 to 15, test 16 to 19.
 
@@ -59,8 +60,10 @@ def test_a_test_example_is_never_left_out(even: Any, shown: Any) -> None:
 def test_an_exemplar_is_known_by_what_teacher_or_student_reads(even: Any, shown: Any, change: dict[str, str]) -> None:
     splits = check(even())
     splits = replace(splits, train=tuple(replace(example, **change) for example in splits.train))
-    with pytest.raises(DataError, match="such as example 'train-3'"):
-        without_exemplars(even(*shown(3)), splits)
+    recipe = even(*shown(3))
+    exemplars = make_prompter(recipe.rationales.prompt).exemplars
+    with pytest.raises(DataError, match=r"here: .* such as example 'train-3'"):
+        without_exemplars(exemplars, splits, overlap="refuse", where="here")
 
 
 def test_a_split_of_exemplars_alone_is_refused(even: Any, shown: Any) -> None:

@@ -56,6 +56,15 @@ def test_a_teacher_that_is_made_of_itself_is_refused(teachers: dict[str, str], c
         _recipe(**teachers)
 
 
+def test_a_teacher_without_layers_is_refused_for_a_loss_on_layers() -> None:
+    data = parse_yaml(f"{YAML}  pair: {{kind: ensemble, of: [a, b]}}\n", "test")
+    data["objective"].append({"name": "hint", "loss": {"kind": "hint"}, "targets": ["label"], "teacher": "pair"})
+    with pytest.raises(ConfigError, match=r"objective\.hint\.loss: it looks at layers, and the teacher has none"):
+        recipe_from(data, ())
+    with pytest.raises(ConfigError, match=r"objective\.hint: hint compares the student with a teacher"):
+        recipe_from(data, ["objective.hint.teacher=null"])
+
+
 @pytest.mark.parametrize(
     ("section", "path"),
     [
@@ -63,9 +72,35 @@ def test_a_teacher_that_is_made_of_itself_is_refused(teachers: dict[str, str], c
         ("{kind: ensemble, of: [a, b], weights: [1, -1]}", r"teachers\.pair\.weights.*greater than 0"),
         ("{kind: ema, decay: 1.0}", r"teachers\.pair\.decay.*less than 1"),
         ("{kind: frozen, model: a/b, load_in: 2bit}", r"teachers\.pair\.load_in"),
+        ("{kind: frozen, model: a/b, view: {template: q}}", r"view\.template.*must contain \{prompt\} or \{input\}"),
+        ("{kind: frozen, model: a/b, view: {hint: '{question}'}}", r"view\.hint.*\{question\} and \{answer\}"),
+        ("{kind: frozen, model: a/b, view: {system: s}}", r"`system` is a message of a chat"),
+        ("{kind: frozen, model: a/b, align: position}", r"for tokens of another tokenizer. Set own_tokenizer"),
     ],
-    ids=["weights", "negative", "decay", "bits"],
+    ids=["weights", "negative", "decay", "bits", "template", "hint", "system", "align"],
 )
 def test_errors_name_the_teacher_and_the_key(section: str, path: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s){path}"):
         _recipe(pair=section)
+
+
+def _with_term(loss: str, own: str = "own_tokenizer: true") -> Recipe:
+    other = f"  other: {{kind: frozen, model: a/c, {own}}}\n"
+    term = f"objective.label={{name: soft, loss: {{kind: {loss}}}, targets: [label], teacher: other}}"
+    return recipe_from(parse_yaml(YAML + other, "test"), [term])
+
+
+def test_only_a_loss_that_compares_no_words_takes_a_tokenizer_of_its_own() -> None:
+    with pytest.raises(
+        ConfigError, match=r"soft.loss: forward_kl compares word with word, but the teacher has.*universal_"
+    ):
+        _with_term("forward_kl")
+    assert _with_term("universal_logit").teachers["other"].speaks_otherwise()
+    assert not _with_term("universal_logit", "dtype: auto").teachers["other"].speaks_otherwise()
+
+
+def test_an_ensemble_of_other_words_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"pair: it speaks of the student's words, but \['c'\] has a tokenizer of its own"
+    ):
+        _recipe(c="{kind: frozen, model: a/c, own_tokenizer: true}", pair="{kind: ensemble, of: [a, c]}")

@@ -19,7 +19,7 @@ from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.trial import open_teachers
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.teachers.base import parameters_run
+from distill_llm.teachers.base import with_members
 from distill_llm.teachers.ensemble import Ensemble, EnsembleTeacher, mixed
 from distill_llm.teachers.frozen import FrozenTeacher
 
@@ -208,9 +208,11 @@ def test_members_are_opened_once_and_counted_as_often_as_they_run(
     opened = open_teachers(recipe, recipe.objective, student)
     assert sorted(opened) == ["a", "all", "b", "own", "pair"]
     assert sorted(loaded) == [str(tmp_path / "a"), str(tmp_path / "b")]
-    sizes = [one.num_parameters for one in (a, b, student)]
-    assert parameters_run(recipe.teachers, "pair", sizes[2]) == sizes[0] + sizes[1]
-    assert parameters_run(recipe.teachers, "all", sizes[2]) == 2 * sizes[0] + sizes[1] + sizes[2]
+    sizes = {name: spec.num_parameters(student.num_parameters) for name, spec in recipe.teachers.items()}
+    own = {"a": a.num_parameters, "b": b.num_parameters, "own": student.num_parameters}
+    assert sizes == own | {"pair": 0, "all": 0}
+    assert sorted(with_members(recipe.teachers, "pair")) == ["a", "b", "pair"]
+    assert sorted(with_members(recipe.teachers, "all")) == ["a", "a", "all", "b", "own", "pair"]
 
     batch = Collator(0, None)(ROWS)
     p = {name: teacher.signals(batch).logits.softmax(-1) for name, teacher in opened.items()}

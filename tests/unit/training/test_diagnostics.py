@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from distill_llm.core.signals import Signals
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.losses.universal_logit import UniversalLogit
 from distill_llm.objective import Objective, Term
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
@@ -194,6 +196,28 @@ def test_words_of_no_probability_add_nothing_to_the_entropy() -> None:
     logs = _looked_at(_signals([[0.0, 0.0, 0.0]]), _signals([[1.0, 1.0, never]]))
     assert logs["teacher_entropy_soft"] == pytest.approx(0.693147, abs=1e-6)
     assert "gradient_share_soft" not in logs, "one term has no share"
+
+
+def test_tokens_that_a_teacher_knows_nothing_of_are_not_asked_about() -> None:
+    student = _signals([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+    teacher = _signals([[0.0, 5.0, 0.0], [0.0, 5.0, 0.0], [90.0, 0.0, 0.0]])
+    assert _looked_at(student, teacher)["agreement_soft"] == pytest.approx(1 / 3)
+    logs = _looked_at(student, replace(teacher, known=torch.tensor([True, True, False])))
+    assert logs["agreement_soft"] == 0.5
+    assert logs["teacher_entropy_soft"] == pytest.approx(
+        _looked_at(student.part(0, 2), teacher.part(0, 2))["teacher_entropy_soft"]
+    )
+
+
+def test_nobody_agrees_on_words_of_another_tokenizer() -> None:
+    term = SOFT.model_copy(update={"loss": UniversalLogit()})
+    diagnostics = Diagnostics()
+    watch = diagnostics.begin([term], torch.tensor([1]), closely=True)
+    assert watch is not None
+    watch(term, _signals([[0.0, 2.0]]), _signals([[0.0, 2.0, 1.0]]), torch.tensor(0.0))
+    logs = diagnostics.values(lambda sums: sums)
+    assert "agreement_soft" not in logs
+    assert logs["teacher_entropy_soft"] > 0
 
 
 def test_a_step_that_is_not_logged_is_not_watched() -> None:

@@ -1,0 +1,77 @@
+"""The recipe's side of what a teacher of signals reads in place of the student's input."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distill_llm.core.component import Component
+
+PLACES = re.compile(r"\{(prompt|input)\}")
+
+
+class TeacherView(Component):
+    """A prompt of the teacher's own: exemplars before the question, the gold label in it, other words around it.
+
+    Privileged context: the teacher is right because it sees more, and the student learns to do without. With `ema` it
+    is the student itself, shown more (SDFT, 2026, arXiv:2601.19897; there on texts of the student's, here on rows).
+    """
+
+    template: str = Field(
+        default="{prompt}",
+        description="around the question: {prompt}, as a few-shot prompt has it, or {input}, as the student reads it",
+    )
+    exemplars: str = Field(default="", description="a YAML file, or a name in data/exemplars; empty: none")
+    num_exemplars: int = Field(default=0, ge=0, description="the first so many; 0 takes all")
+    gold_label: bool = Field(default=False, description="tell the gold label, as `hint` words it")
+    hint: str = Field(
+        default="{question}\n(Hint: {answer})", description="{question}, and {answer}: the sentence with its label"
+    )
+    style: Literal["text", "chat"] = Field(default="text", description="chat: turns, for an instruct model")
+    system: str = Field(default="", description="the system message of a chat")
+    max_input_tokens: int = Field(default=2048, gt=0, description="a longer prompt is refused, never cut")
+
+    @field_validator("template")
+    @classmethod
+    def _has_question(cls, template: str) -> str:
+        if not PLACES.search(template):
+            raise ValueError("the template must contain {prompt} or {input}, the place of the question")
+        return template
+
+    @field_validator("hint")
+    @classmethod
+    def _has_both(cls, hint: str) -> str:
+        if "{question}" not in hint or "{answer}" not in hint:
+            raise ValueError("the hint must contain {question} and {answer}")
+        return hint
+
+    @model_validator(mode="after")
+    def _system_in_a_chat(self) -> TeacherView:
+        if self.system and self.style == "text":
+            raise ValueError("`system` is a message of a chat: set style: chat, or put the text into `template`")
+        return self
+
+
+AS_THE_STUDENT = TeacherView(template="{input}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How a teacher that does not read the student's columns reads a row.
+
+    ``align``: how its tokens of a target find the student's, where its tokenizer is its own; empty where it is the
+    student's, and the tokens are the same.
+    """
+
+    view: TeacherView
+    tokenizer: Any
+    config: Any
+    align: Literal["", "text", "position"]
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        """None for a decoder-only teacher."""
+        return self.config.decoder_start_token_id if self.config.is_encoder_decoder else None

@@ -1,0 +1,138 @@
+"""The scripts under benchmarks/ run, at sizes at which their numbers mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_llm.core.component import kinds
+from distill_llm.losses.base import Loss
+from distill_llm.models.load import build_student, load_tokenizer
+from distill_llm.recipe.load import load_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "{model_type: t5, d_model: 16, d_kv: 4, d_ff: 16, num_layers: 1, num_heads: 4, feed_forward_proj: relu}"
+SHOP = (
+    "task={kind: shop, train_size: 64, validation_size: 8, test_size: 8}",
+    "rationales={teacher: {kind: gold}}",
+    f"student.config={TINY}",
+    "student.tokenizer={kind: words, vocab_size: 512}",
+)
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def _rows(text: str, header: str) -> dict[str, list[str]]:
+    """The cells of the Markdown table whose header begins so, by each row's first."""
+    lines = text[text.index(f"| {header}") :].split("\n\n", maxsplit=1)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_trainer_against_the_papers_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """Part (d) is a test in earnest: the same losses from another trainer, batches padded otherwise, two forwards."""
+    training = importlib.import_module("training")
+    few = ["--rounds", "1", "--steps", "2", "--warmup", "1", "--equal-steps", "12", "--threads", "1"]
+    by_tokens = ["--ours", "by tokens", "train.tokens_per_batch=200"]
+    training.main([*SHOP, "train.rows_per_step=16", "train.rows_per_batch=4", *few, *by_tokens])
+    said = capsys.readouterr().out
+    assert set(_rows(said, "(a)")) == {"baseline", "ours", "by tokens"}
+    soft = _rows(said, "(b), (c)")
+    assert set(soft) == {"online soft labels", "cached soft labels"}
+    assert re.fullmatch(r"[\d.]+: (not )?met", soft["online soft labels"][-1])
+    equal = _rows(said, "(d)")
+    assert set(equal) == {"ours", "by tokens"}
+    for _, _, largest in equal.values():
+        assert float(largest) < 1e-4
+
+
+def test_data_that_is_not_there_is_a_reason_to_skip(capsys: pytest.CaptureFixture[str]) -> None:
+    training = importlib.import_module("training")
+    with pytest.raises(SystemExit, match="skipped: /nowhere/cqa is not there"):
+        training.main(["task.data=/nowhere/cqa"])
+
+
+def test_each_way_of_the_papers_trainer_wants_both_targets_of_an_example() -> None:
+    row = importlib.import_module("distill_llm.data.rows").Row
+    with pytest.raises(AssertionError, match="a label and a rationale"):
+        importlib.import_module("paper_trainer").pairs_of([row(0, "label", [1], [1])])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc")
+def test_memory_of_the_loss_by_each_way() -> None:
+    """The ways compute the same losses: of both terms, and of the divergence alone."""
+    few = ["--words", "3000", "--tokens", "256", "--repeats", "1", "--divergence", "jensen_shannon"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/memory.py", *few],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = _rows(done.stdout, "way")
+    assert rows["whole"][-1] == rows["chunks"][-1] != rows["divergence"][-1]
+    if importlib.util.find_spec("trl") is None:
+        assert "trl: skipped" in done.stderr
+        assert "trl" not in rows
+    else:
+        assert rows["trl"][-1] == rows["divergence"][-1]
+
+
+def test_each_loss_trains_a_student(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergences = importlib.import_module("divergences")
+    teacher, words = tmp_path / "teacher", "student.tokenizer={kind: words, vocab_size: 512}"
+    few = [
+        "task.train_size=32",
+        "task.validation_size=8",
+        "task.test_size=8",
+        "train.max_steps=2",
+        "train.rows_per_step=8",
+    ]
+    recipe = load_recipe("benchmarks/divergences.yaml", [*few, words, "train.rows_per_batch=8"])
+    texts = [text for example in recipe.task.load(0).train for text in (example.input, example.label or "")]
+    made = build_student(recipe.student, load_tokenizer(recipe.student, ["predict: ", *texts]))
+    made.model.save_pretrained(teacher)
+    made.tokenizer.save_pretrained(teacher)
+    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}", "train.rows_per_batch=8"]
+    how = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out"), "--only", "labels only", "total_variation"]
+    with pytest.raises(SystemExit, match="not one of its answers is right"):
+        divergences.main([*few, *places, *how])
+    monkeypatch.setattr(divergences, "ask_teacher", lambda overrides: 0.5)
+    divergences.main([*few, *places, *how])
+    rows = _rows(capsys.readouterr().out, "the student learns from")
+    assert set(rows) == {"(the teacher itself)", "labels only", "total_variation"}
+    assert re.fullmatch(r"[\d.]+", rows["total_variation"][0])
+    assert "| total_variation |" in (tmp_path / "out" / "divergences.md").read_text(encoding="utf-8")
+
+
+def test_the_losses_of_the_table_are_those_of_the_folder() -> None:
+    divergences = importlib.import_module("divergences")
+    found = {kind for kind, loss in kinds(Loss, "distill_llm.losses").items() if loss.needs_teacher}
+    assert found < set(divergences.ways_of([]))
+    assert set(divergences.ways_of(["forward_kl"])) == {"forward_kl"}
+
+
+def test_a_student_counts_as_trained_from_nine_tenths_of_the_teacher_on() -> None:
+    divergences = importlib.import_module("divergences")
+    outcomes = [
+        divergences.Outcome("good", 1, 0.71, 3.0),
+        divergences.Outcome("good", 2, 0.75, 5.0),
+        divergences.Outcome("bad", 1, 0.71, 3.0),
+        divergences.Outcome("odd", 1, None, 0.0, "it wants layers"),
+    ]
+    rows = _rows(divergences.table(outcomes, teacher=0.8), "the student learns from")
+    assert rows["good"] == ["73.0 ± 2.8", "91%", "yes", "4"]
+    assert rows["bad"] == ["71.0", "89%", "no", "3"]
+    assert rows["odd"][0] == "left out: it wants layers"
