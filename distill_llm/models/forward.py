@@ -105,8 +105,9 @@ def forward(model: Any, batch: Batch, reading: Reading = LOGITS) -> Passed:
                 outputs = model(**inputs, **options)
             _encoder_by_rows(outputs, encoders, batch)
             return _passed(outputs, decoders, batch["decoder_input_ids"])
+    outputs = model(**inputs, **options)
     num_rows, width = batch.get("decoder_input_ids", batch["input_ids"]).shape
-    return Passed(model(**inputs, **options), (num_rows, width))
+    return Passed(outputs, (num_rows, width))
 
 
 def _packed(model: Any, batch: Batch, options: dict[str, Any]) -> Passed:
