@@ -178,9 +178,9 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     from distill_llm.training.train import collator_for
 
     student.model.to(default_device())
-    recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
     computes = choose_precision(recipe.train.precision, student.model)
     diagnosis.note("ok", "precision", f"a training computes in {computes.name}: {computes.why}")
+    recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:

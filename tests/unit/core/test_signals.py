@@ -69,7 +69,7 @@ def test_where_keeps_order_and_all_three_columns() -> None:
 def test_what_is_not_known_stays_with_its_token() -> None:
     ids, targets = torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 0, 1])
     known = torch.tensor([True, False, False, True])
-    signals = Signals(torch.arange(8.0).view(4, 2), ids, targets, torch.rand(4), known)
+    signals = Signals(torch.arange(8.0).view(4, 2), ids, targets, torch.rand(4), known=known)
     assert signals.where(targets == 1).known.tolist() == [False, True]  # type: ignore[union-attr]
     assert signals.part(1, 3).known.tolist() == [False, False]  # type: ignore[union-attr]
     assert signals.narrowed(1).known is known
