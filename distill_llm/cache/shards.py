@@ -10,19 +10,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from distill_llm.core.errors import StorageError
 from distill_llm.core.files import atomic, file_fingerprint
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Columns: TypeAlias = Mapping[str, Array]
 """One or more numbers for each token, by name; all as long as there are tokens."""
 
 _KEYS, _TOKENS = "row_keys", "row_tokens"
-_TYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64, "F32": np.float32, "BF16": np.uint16}
+_TYPES = {"U8": "uint8", "U16": "uint16", "I32": "int32", "I64": "int64", "F32": "float32", "BF16": "uint16"}
 
 
 class ShardWriter:
@@ -47,6 +48,7 @@ class ShardWriter:
     def flush(self) -> None:
         if not self._rows:
             return
+        import numpy as np
         import torch
         from safetensors.torch import save
 
@@ -76,6 +78,8 @@ class Shards:
     """
 
     def __init__(self, folder: Path):
+        import numpy as np
+
         self.folder = folder
         self._shards: list[_Shard] = []
         self._places: dict[int, tuple[int, int]] = {}
@@ -104,6 +108,8 @@ class Shards:
 
         Raises StorageError where a row is not there.
         """
+        import numpy as np
+
         spans = [self._span(key) for key in keys]
         names = self._shards[0].columns if self._shards else ()
         columns = {name: np.concatenate([shard.columns[name][a:b] for shard, a, b in spans]) for name in names}
@@ -137,6 +143,8 @@ def _verify(path: Path) -> None:
 
 def _mapped(path: Path) -> dict[str, Array]:
     """The file's tensors as views; bfloat16, which numpy lacks, as the two bytes that it is."""
+    import numpy as np
+
     content = np.memmap(path, np.uint8, "r")
     size = int.from_bytes(content[:8].tobytes(), "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + size].tobytes())
