@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
@@ -58,3 +59,23 @@ def token_starts(tokenizer: Any, texts: Sequence[str], *, special: bool, where: 
 
 def _start(text: str, start: int) -> int:
     return len(text[:start].rstrip())
+
+
+def places_in_completion(ids: Sequence[int], completion: Sequence[int], tokenizer: Any) -> list[int]:
+    """For each of a target's tokens, which of those that a teacher wrote with the same tokenizer it is; -1: none.
+
+    The target is part of what was written, but may be cut into other tokens where it begins (white space before it is
+    gone) and where it ends. Equal tokens are counterparts where the text before them is the same too: what was written
+    twice is then not taken for each other.
+    """
+    places = [-1] * len(ids)
+    runs = SequenceMatcher(None, list(ids), list(completion), autojunk=False).get_matching_blocks()
+    for start, other, size in runs:
+        if size and _text(tokenizer, ids[:start]) == _text(tokenizer, completion[:other]):
+            places[start : start + size] = range(other, other + size)
+    return places
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Without special tokens, and without white space, which a text loses at its ends."""
+    return "".join(tokenizer.decode(list(ids), skip_special_tokens=True).split()) if ids else ""
