@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -64,11 +65,14 @@ def _start(text: str, start: int) -> int:
 def places_in_completion(ids: Sequence[int], completion: Sequence[int], tokenizer: Any) -> list[int]:
     """For each of a target's tokens, which of those that a teacher wrote with the same tokenizer it is; -1: none.
 
-    The target is part of what was written, but may be cut into other tokens where it begins (white space before it is
-    gone) and where it ends. Equal tokens are counterparts where the text before them is the same too: what was written
-    twice is then not taken for each other.
+    What was written begins with the target, but may be cut into other tokens there (white space before it is gone) and
+    where it ends. Equal tokens are counterparts where the text before them is the same too: what was written twice is
+    then not taken for each other.
     """
-    places = [-1] * len(ids)
+    places, length = [-1] * len(ids), len(_text(tokenizer, ids))
+    # What comes behind the target may repeat it in longer runs than its own, which would hide these.
+    end = bisect_left(range(len(completion)), length, key=lambda size: len(_text(tokenizer, completion[:size])))
+    completion = completion[:end]
     runs = SequenceMatcher(None, list(ids), list(completion), autojunk=False).get_matching_blocks()
     for start, other, size in runs:
         if size and _text(tokenizer, ids[:start]) == _text(tokenizer, completion[:other]):

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.integration.test_cache import TEXT
+from tests.integration.test_cache import TEXT, in_two_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WORDS = (
@@ -51,6 +53,18 @@ def test_a_student_is_trained_without_the_model_that_was_heard(cli: Any, recipe:
     )
     assert line.split()[1] == line.split()[2], "what is there is not written again, and needs no teacher"
     assert line.split()[6].endswith("%")
+
+
+def test_two_processes_learn_what_one_does(cli: Any, recipe: str, tmp_path: Path) -> None:
+    """The rows' signals, written by the main process, are found by both."""
+    words = (recipe, *WORDS, "student.config.dropout_rate=0.0", "train.rows_per_batch=8")
+    for run in ("one", "two"):
+        cli("generate-rationales", *words, f"run_dir={run}")
+    cli("train", *words, "run_dir=one")
+    in_two_processes(tmp_path, "train", *words, "run_dir=two")
+    one, two = (load_file(tmp_path / run / "models/student/model/model.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_what_was_not_asked_for_is_an_error_before_anything(cli: Any, recipe: str, tmp_path: Path) -> None:

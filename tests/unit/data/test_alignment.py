@@ -139,6 +139,7 @@ class _Letters:
         ("cabcab", "xcabcabcab", [-1] * 6),  # not the beginning of what was written
         ("ababx", "ababy", [0, 1, 2, 3, -1]),  # another end
         ("abXcdXef", "abYcdYef", [0, 1, -1, -1, -1, -1, -1, -1]),  # behind other text
+        ("abcd", "\1cd.abcd.abcd", [-1, -1, 1, 2]),  # said again further on, in longer runs
         ("abba", "xyz", [-1] * 4),
         ("", "ab", []),
         ("ab", "", [-1, -1]),
