@@ -120,14 +120,15 @@ loss, with its graph."""
 
 
 def _on_logits(loss: Loss, student: Signals, teacher: Taught | None) -> Float[Tensor, " N"]:
-    if isinstance(teacher, SparseSignals):
-        return loss.of_sparse(student.narrowed(teacher.width), teacher)
     if teacher is None:
         return loss(student, None)
-    if not loss.any_tokenizer:
-        width = teacher.logits.size(-1)
-        student, teacher = student.narrowed(width), teacher.narrowed(width)
-    losses = loss(student, teacher)
+    if isinstance(teacher, SparseSignals):
+        losses = loss.of_sparse(student.narrowed(teacher.width), teacher)
+    else:
+        if not loss.any_tokenizer:
+            width = teacher.logits.size(-1)
+            student, teacher = student.narrowed(width), teacher.narrowed(width)
+        losses = loss(student, teacher)
     return losses if teacher.known is None else losses * teacher.known
 
 

@@ -62,6 +62,7 @@ class TopK(Payload):
         from distill_llm.core.sparse import TopSignals
 
         home = about.token_ids.device
+        known = columns.get("known")
         ids = unpack(columns["word_ids"], bits_for(width), min(self.k, width))
         return TopSignals(
             token_ids=about.token_ids,
@@ -71,6 +72,7 @@ class TopK(Payload):
             word_ids=torch.from_numpy(ids).to(home),
             log_probs=torch.from_numpy(unpack_logs(columns["log_probs"])).to(home),
             log_odds=torch.from_numpy(unpack_odds(columns["log_odds"])).to(home),
+            known=None if known is None else torch.from_numpy(known).to(home, torch.bool),
         )
 
     def captured_mass(self, columns: Columns) -> float | None:

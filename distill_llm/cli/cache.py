@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 def show_caches(reports: Sequence[CacheReport], console: Console) -> None:
     """One line a cache, with what a token of it takes on disk, row keys included."""
-    table = Table(
-        "teacher", "rows", "there before", "tokens", "bytes/token", "captured mass", "seconds", box=None, pad_edge=False
-    )
+    columns = ("teacher", "rows", "there before", "tokens", "bytes/token", "captured mass", "matched tokens", "seconds")
+    table = Table(*columns, box=None, pad_edge=False)
     for report in reports:
         table.add_row(
             report.name,
@@ -25,6 +24,7 @@ def show_caches(reports: Sequence[CacheReport], console: Console) -> None:
             f"{report.tokens:,}",
             f"{report.num_bytes / max(report.tokens, 1):,.1f}",
             "-" if report.captured_mass is None else f"{report.captured_mass:.2%}",
+            "-" if report.known is None else f"{report.known:.1%}",
             f"{report.seconds:.1f}",
         )
     console.print(table)

@@ -117,7 +117,7 @@ def push_rationales(
 
 @app.command("cache-signals")
 def cache_signals(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Write what cached teachers say of the training rows, once for all trainings. Resumes; works under torchrun."""
+    """Write what cached and captured teachers say of the training rows, once. Resumes; works under torchrun."""
     from distill_llm.cli.cache import show_caches
     from distill_llm.pipeline.run import cache_signals as cache
     from distill_llm.recipe.load import load_recipe

@@ -6,7 +6,7 @@ N supervised tokens, V vocabulary, K likeliest words, J these and all others as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -20,13 +20,15 @@ Kept = TypeVar("Kept", bound="SparseSignals")
 class SparseSignals:
     """One teacher's words at N supervised tokens, in row order; the rest is as in Signals.
 
-    ``width``: words that the teacher spoke of. ``temperatures``: those at which it can be compared.
+    ``width``: words that the teacher spoke of. ``temperatures``: those at which it can be compared. ``known``: whether
+    it says anything of the token, or its words mean nothing; None where it does of all.
     """
 
     token_ids: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     width: int
     temperatures: tuple[float, ...]
+    known: Bool[Tensor, " N"] | None = field(default=None, kw_only=True)
 
     def where(self: Kept, keep: Bool[Tensor, " N"]) -> Kept:
         return self._picked(lambda column: column[keep])
@@ -54,7 +56,7 @@ class SparseSignals:
     def _picked(self: Kept, pick: Callable[[Tensor], Tensor]) -> Kept:
         from torch import Tensor
 
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {own.name: getattr(self, own.name) for own in fields(self)}
         return replace(self, **{name: pick(value) for name, value in columns.items() if isinstance(value, Tensor)})
 
     def _number_of(self, temperature: float) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
@@ -58,3 +60,26 @@ def token_starts(tokenizer: Any, texts: Sequence[str], *, special: bool, where: 
 
 def _start(text: str, start: int) -> int:
     return len(text[:start].rstrip())
+
+
+def places_in_completion(ids: Sequence[int], completion: Sequence[int], tokenizer: Any) -> list[int]:
+    """For each of a target's tokens, which of those that a teacher wrote with the same tokenizer it is; -1: none.
+
+    What was written begins with the target, but may be cut into other tokens there (white space before it is gone) and
+    where it ends. Equal tokens are counterparts where the text before them is the same too: what was written twice is
+    then not taken for each other.
+    """
+    places, length = [-1] * len(ids), len(_text(tokenizer, ids))
+    # What comes behind the target may repeat it in longer runs than its own, which would hide these.
+    end = bisect_left(range(len(completion)), length, key=lambda size: len(_text(tokenizer, completion[:size])))
+    completion = completion[:end]
+    runs = SequenceMatcher(None, list(ids), list(completion), autojunk=False).get_matching_blocks()
+    for start, other, size in runs:
+        if size and _text(tokenizer, ids[:start]) == _text(tokenizer, completion[:other]):
+            places[start : start + size] = range(other, other + size)
+    return places
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Without special tokens, and without white space, which a text loses at its ends."""
+    return "".join(tokenizer.decode(list(ids), skip_special_tokens=True).split()) if ids else ""

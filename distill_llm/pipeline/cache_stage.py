@@ -34,6 +34,7 @@ class CacheReport:
     """What one cache has come to, over all processes; ``there`` are rows that stood in it before.
 
     ``captured_mass`` is the mean over the tokens of the probability of what is kept; None where that says nothing.
+    ``known``: the share of the tokens of which something is kept; None where it is of all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class CacheReport:
     num_bytes: int
     captured_mass: float | None
     seconds: float
+    known: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

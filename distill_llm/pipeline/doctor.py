@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_llm.core.errors import DistillError
@@ -15,6 +17,7 @@ from distill_llm.models.load import LoadedModel, build_student, load_tokenizer
 from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
+from distill_llm.pipeline.capture_stage import captured_teachers, plan_captures, write_capture
 from distill_llm.pipeline.publish import licence_warnings
 from distill_llm.pipeline.rationale_stage import Material, check, read_material
 from distill_llm.pipeline.run_folder import RunFolder
@@ -88,7 +91,9 @@ def examine(recipe: Recipe) -> Diagnosis:
         rows = _rows(recipe, material, view, viewers)
         _views(recipe, rows, viewers, diagnosis)
         _cuts(recipe, rows, diagnosis)
-        _one_step(recipe, student, rows, diagnosis)
+        with TemporaryDirectory() as folder:
+            recipe = _with_captures(recipe, material, rows, tokenizer, Path(folder), diagnosis)
+            _one_step(recipe, student, rows, diagnosis)
     except DistillError as error:
         diagnosis.note("error", "recipe", str(error))
     return diagnosis
@@ -171,6 +176,27 @@ def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
         diagnosis.note("ok", f"target {target}", said)
 
 
+def _with_captures(
+    recipe: Recipe, material: Material, rows: RowSet, tokenizer: Any, folder: Path, diagnosis: Diagnosis
+) -> Recipe:
+    """Says what was captured of the rows; ``folder`` holds it. Without rationales its terms are left out here."""
+    names, run = captured_teachers(recipe), RunFolder(recipe.folder)
+    if names and not (run.rationales("train").exists() and run.rationales_made_of.exists()):
+        kept = tuple(term for term in recipe.objective if term.teacher not in names)
+        for name in names:
+            diagnosis.note("warning", f"captured {name}", "not generated yet: its terms are not looked at below")
+        return recipe.model_copy(update={"objective": kept})
+    teachers = dict(recipe.teachers)
+    for plan in plan_captures(recipe, rows.rows, material.splits.train[:_EXAMPLES], run, tokenizer):
+        here = replace(plan, folder=folder / plan.name)
+        report = write_capture(here, run.rationales("train"), tokenizer)
+        level: Level = "ok" if (report.known or 0) >= 1 - _TOO_MANY_UNMATCHED else "warning"
+        said = f"at {report.known:.1%} of {report.tokens:,} tokens of {report.rows:,} rows; the words that were kept"
+        diagnosis.note(level, f"captured {plan.name}", f"{said} hold {report.captured_mass:.2%} there")
+        teachers[plan.name] = teachers[plan.name].placed(here.folder)
+    return recipe.model_copy(update={"teachers": teachers})
+
+
 def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> None:
     from distill_llm.models.generate import default_device
     from distill_llm.training.arguments import rows_per_batch
@@ -181,6 +207,8 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     computes = choose_precision(recipe.train.precision, student.model)
     diagnosis.note("ok", "precision", f"a training computes in {computes.name}: {computes.why}")
     recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
+    if not recipe.objective:
+        return
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:

@@ -20,6 +20,7 @@ from distill_llm.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
     from distill_llm.pipeline.cache_stage import CacheReport
+    from distill_llm.pipeline.student_stage import Plan
     from distill_llm.training.trainer import DistillTrainer
 
 
@@ -39,23 +40,25 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
 
 
 def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheReport]:
-    """Writes what the recipe's cached teachers say of the training rows; rows that are there are not computed again.
+    """Writes what the recipe's cached and captured teachers say of the training rows; rows that are there are not
+    computed again.
 
     Needs the rationales to be there. Works in one process and under torchrun.
     """
     from distill_llm.pipeline.cache_stage import write_caches
     from distill_llm.pipeline.student_stage import make_plan
-    from distill_llm.teachers.cached import Cached
 
     quiet_libraries()
-    if not any(isinstance(teacher, Cached) for teacher in recipe.teachers.values()):
+    if not any(teacher.asked_once for teacher in recipe.teachers.values()):
         raise ConfigError(
-            f"recipe {recipe.name} has no teacher of `kind: cached` among {sorted(recipe.teachers)}: there is nothing "
-            "to write. docs/cache.md shows one."
+            f"recipe {recipe.name} has no teacher of `kind: cached` or `captured` among {sorted(recipe.teachers)}: "
+            "there is nothing to write. docs/cache.md shows one."
         )
     main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
     run, material = _claim_with_material(recipe)
-    return write_caches(recipe, make_plan(recipe, material, run).rows.rows, run, progress)
+    plan = make_plan(recipe, material, run)
+    captures = _write_captures(recipe, plan, material, run)
+    return [*write_caches(recipe, plan.rows.rows, run, progress), *captures]
 
 
 def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progress = SILENT) -> RunFolder:
@@ -83,6 +86,7 @@ def student_trainer(recipe: Recipe) -> DistillTrainer:
     run, material = _claim_with_material(recipe)
     plan = make_plan(recipe, material, run)
     require_caches(recipe, plan.rows.rows, run)
+    _write_captures(recipe, plan, material, run)
     return make_trial_trainer(make_trial(recipe, material, plan, run, plan.arms[0], recipe.train.learning_rate))
 
 
@@ -131,12 +135,23 @@ def _train(
     progress.say(f"rows: {counts}{cut if rows.inputs_cut or rows.targets_cut else ''}")
     for name, facts in facts_of_views(recipe, rows.rows).items():
         progress.say(f"teacher {name}: {facts}")
+    for report in _write_captures(recipe, plan, material, run):
+        progress.say(f"signals of {report.name}: captured at {report.known:.1%} of {report.tokens:,} tokens")
     if writes_caches:
         for report in write_caches(recipe, rows.rows, run, progress):
             progress.say(f"signals of {report.name}: {report.rows:,} rows, {report.there:,} of them there already")
     else:
         main_first(lambda: require_caches(recipe, rows.rows, run))
     train_arms(recipe, material, plan, run, arms, progress)
+
+
+def _write_captures(recipe: Recipe, plan: Plan, material: Material, run: RunFolder) -> list[CacheReport]:
+    """What came with the rationales, as a cache; in the main process alone, which reports."""
+    from distill_llm.pipeline.capture_stage import write_captures
+
+    reports: list[CacheReport] = []
+    main_first(lambda: reports.extend(write_captures(recipe, plan.rows.rows, material.splits.train, run)))
+    return reports
 
 
 def _material_of(recipe: Recipe, splits: Splits, run: RunFolder) -> Material:

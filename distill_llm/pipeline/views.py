@@ -39,7 +39,7 @@ class TeacherViewer:
     _read: dict[str, array[int]] = field(default_factory=dict)
 
     def reads(self, target: Target) -> bool:
-        return target in _targets_of(self.recipe, self.name)
+        return target in targets_asked(self.recipe, self.name)
 
     def views(
         self, examples: Sequence[Example], target: Target, texts: Sequence[str], labels: Sequence[Sequence[int]]
@@ -120,7 +120,7 @@ def check_views(recipe: Recipe, examples: Sequence[Example]) -> None:
             continue
         _check_tokenizer(reader, name)
         for example in heapq.nlargest(_LONGEST, known, key=lambda example: len(example.prompt)):
-            for target in _targets_of(recipe, name):
+            for target in targets_asked(recipe, name):
                 ids = input_ids(reader, render(recipe, view, prompter, example, target))
                 _check_length(ids, (), reader, f"{where}: example '{example.id}'")
 
@@ -158,13 +158,13 @@ def input_ids(reader: Reader, prompt: Prompt) -> list[int]:
 
 def is_asked(recipe: Recipe, name: str) -> bool:
     """Whether some term names this teacher, or one that it is a member of."""
-    return bool(_targets_of(recipe, name))
+    return bool(targets_asked(recipe, name))
 
 
 def repeaters(recipe: Recipe) -> list[str]:
     """Teachers that are told the gold label and asked for it: what they say of it is trivially right."""
     views = {name: teacher.own_view() for name, teacher in recipe.teachers.items()}
-    return [name for name, view in views.items() if view and view.gold_label and "label" in _targets_of(recipe, name)]
+    return [name for name, view in views.items() if view and view.gold_label and "label" in targets_asked(recipe, name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def facts_of_views(recipe: Recipe, rows: Sequence[Row]) -> dict[str, ViewFacts]:
     """By teacher, of those that are asked."""
     found = {}
     for name in recipe.teachers:
-        asked = [row for row in rows if row.target in _targets_of(recipe, name)]
+        asked = [row for row in rows if row.target in targets_asked(recipe, name)]
         views = [(row, row.views[name]) for row in asked if name in row.views]
         if views:
             tokens = sum(len(row.label_ids) for row in asked)
@@ -204,7 +204,8 @@ def facts_of_views(recipe: Recipe, rows: Sequence[Row]) -> dict[str, ViewFacts]:
     return found
 
 
-def _targets_of(recipe: Recipe, name: str) -> frozenset[Target]:
+def targets_asked(recipe: Recipe, name: str) -> frozenset[Target]:
+    """Those of which some term asks this teacher, or one that it is a member of."""
     return frozenset(
         target
         for term in recipe.objective

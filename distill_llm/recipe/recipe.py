@@ -76,6 +76,12 @@ class Recipe(Component):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        asked = self.rationales
+        for name, teacher in self.teachers.items():
+            try:
+                teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
+            except ValueError as error:
+                raise ValueError(f"teachers.{name}: {error}") from None
         for term in self.objective:
             if term.teacher is not None and term.teacher not in self.teachers:
                 raise ValueError(
@@ -102,11 +108,19 @@ class Recipe(Component):
         return self
 
     def _teacher_fits(self, term: Term) -> None:
-        if term.teacher is not None:
-            try:
-                self.teachers[term.teacher].check_loss(term.loss)
-            except ValueError as error:
-                raise ValueError(f"objective.{term.name}.loss: {error}") from None
+        if term.teacher is None:
+            return
+        teacher = self.teachers[term.teacher]
+        unknown = [target for target in term.targets if target not in teacher.knows]
+        if unknown:
+            raise ValueError(
+                f"objective.{term.name}.targets: teacher '{term.teacher}' says nothing of {unknown}, but of "
+                f"{sorted(teacher.knows)} only. Take these out, or name another teacher"
+            )
+        try:
+            teacher.check_loss(term.loss)
+        except ValueError as error:
+            raise ValueError(f"objective.{term.name}.loss: {error}") from None
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.example import TARGETS, Target
 from distill_llm.core.features import LOGITS, Reading, Shape, Side
 from distill_llm.losses.layers import FeatureLoss
 
@@ -121,6 +122,8 @@ class TextTeacherSpec(Component):
     """It writes while it is asked, so that its speed means something."""
     manner: ClassVar[frozenset[str]] = frozenset()
     """Fields that say how it is asked, not what it writes: they may change between two runs."""
+    tells_ids: ClassVar[bool] = False
+    """Log-probabilities that come with its completions are of ids of its tokenizer, and not of texts."""
 
     licence: str = Field(default="", description="of what it writes, for cards; empty: that of the model where known")
 
@@ -137,6 +140,10 @@ class TextTeacherSpec(Component):
     def max_prompt_tokens(self, sampling: Sampling) -> int | None:
         """The longest prompt that leaves room for a completion; None where nobody knows."""
         return None
+
+    def vocabulary(self) -> dict[str, int]:
+        """The words of its tokenizer, of one that tells ids; no weights are read for it."""
+        raise NotImplementedError(f"{type(self).__name__} tells no ids")
 
     @abstractmethod
     def open(self, *, task: Task, sampling: Sampling, seed: int) -> TextTeacher:
@@ -218,6 +225,8 @@ class TensorTeacherSpec(Component):
     """What it is made of runs once a row, however often the student sees the row."""
     has_head: ClassVar[bool] = False
     """It is one model, whose head makes its logits."""
+    knows: ClassVar[frozenset[Target]] = frozenset(TARGETS)
+    """Targets of which it can say something."""
 
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
@@ -243,6 +252,12 @@ class TensorTeacherSpec(Component):
                 f"it speaks of the student's words, but {foreign} has a tokenizer of its own. Give each such teacher a "
                 "term of its own, with the loss universal_logit"
             )
+
+    def check_rationales(self, teacher: TextTeacherSpec | None, sampling: Sampling | None) -> None:
+        """Raises ValueError where it cannot be made of what the recipe's teacher of text writes; reads no file.
+
+        None where the recipe has none.
+        """
 
     def check_loss(self, loss: TermLoss) -> None:
         """Raises ValueError where ``loss`` cannot be computed from what it says. Reads no file."""

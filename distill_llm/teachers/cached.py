@@ -119,7 +119,7 @@ class Cached(TensorTeacherSpec):
         for name in _all_of(others, self.of):
             if others[name].moves:
                 raise ValueError(f"{name} changes while the student learns, and cannot be written down beforehand")
-            if isinstance(others[name], Cached):
+            if others[name].asked_once:
                 raise ValueError(f"{name} is a cache already: name the teacher that it is made of")
         if isinstance(self.payload, LastHidden) and not others[self.of].has_head:
             raise ValueError(

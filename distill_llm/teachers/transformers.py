@@ -130,6 +130,7 @@ class Transformers(TextTeacherSpec):
     """Encoder-decoder or decoder-only, from the Hub or a folder; on a GPU where there is one."""
 
     kind: Literal["transformers"] = "transformers"
+    tells_ids: ClassVar[bool] = True
     manner: ClassVar[frozenset[str]] = frozenset({"device", "batch_rows", "batching"})
 
     model: str = Field(min_length=1, description="Hub id or folder")
@@ -166,6 +167,9 @@ class Transformers(TextTeacherSpec):
                 f"{_WHERE}.model: the tokenizer of '{self.model}' has no chat template, but the prompts are chats. Set "
                 "rationales.prompt.style to plain text, or choose a model that was tuned for chat."
             )
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer().get_vocab()
 
     def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
         return [len(ids) for ids in self._encode(prompts)]

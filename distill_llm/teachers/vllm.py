@@ -52,6 +52,7 @@ class Vllm(TextTeacherSpec):
 
     kind: Literal["vllm"] = "vllm"
     manner: ClassVar[frozenset[str]] = frozenset({"tensor_parallel_size", "data_parallel_size", "gpu_memory_fraction"})
+    tells_ids: ClassVar[bool] = True
     model: str = Field(min_length=1, description="Hub id or folder")
     revision: str = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -89,6 +90,11 @@ class Vllm(TextTeacherSpec):
                 f"{_WHERE}.context_tokens: {limit + sampling.max_new_tokens} tokens leave no room for a prompt beside "
                 f"rationales.sampling.max_new_tokens ({sampling.max_new_tokens}). Raise the one or lower the other."
             )
+
+    def vocabulary(self) -> dict[str, int]:
+        from distill_llm.models.load import read_tokenizer
+
+        return read_tokenizer(self.model, self.revision, where=f"{_WHERE}.model").get_vocab()
 
     def count_tokens(self, prompts: Sequence[Prompt]) -> list[int] | None:
         from distill_llm.models.load import read_tokenizer

@@ -84,7 +84,7 @@ class _Step:
 
 def _of_known(student: Signals, teacher: Taught) -> tuple[Signals, Taught]:
     """Both at the tokens of which the teacher says something."""
-    if not isinstance(teacher, Signals) or teacher.known is None:
+    if teacher.known is None:
         return student, teacher
     return student.where(teacher.known), teacher.where(teacher.known)
 

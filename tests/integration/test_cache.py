@@ -100,7 +100,7 @@ def test_a_cache_that_is_killed_goes_on_and_is_complete(cli: Any, start: Any, re
     assert f"{torn.name}: this shard of the cache is damaged" in refused.stderr
 
 
-def _in_two_processes(folder: Path, *words: str) -> None:
+def in_two_processes(folder: Path, *words: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -125,7 +125,7 @@ def test_two_processes_write_and_learn_what_one_does(cli: Any, recipe: str, tmp_
         cli("generate-rationales", *words, f"run_dir={run}")
     for command in ("cache-signals", "train"):
         cli(command, *words, "run_dir=one")
-        _in_two_processes(tmp_path, command, *words, "run_dir=two")
+        in_two_processes(tmp_path, command, *words, "run_dir=two")
     one, two = (Shards(tmp_path / run / "signals/kept") for run in ("one", "two"))
     assert {path.name[:8] for path in (tmp_path / "two/signals/kept").glob("shard-*")} == {"shard-0-", "shard-1-"}
     files = (tmp_path / "one/signals/kept").glob("shard-*")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.data.alignment import places_by_position, places_by_text, token_starts
+from distill_llm.data.alignment import places_by_position, places_by_text, places_in_completion, token_starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,3 +101,71 @@ def test_a_tokenizer_that_knows_no_places_is_refused() -> None:
     slow: Any = Slow()
     with pytest.raises(ConfigError, match=r"teachers\.big: its tokenizer \(Slow\).* Set `align: position`"):
         token_starts(slow, ["a"], special=False, where="teachers.big")
+
+
+@pytest.fixture
+def bytes_bpe(tiny_llama: Callable[..., LoadedModel]) -> Any:
+    return tiny_llama(tokenizer="bytes_bpe", text="ann pays more than bob . so the answer is ann or bob " * 3).tokenizer
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_target_is_found_in_what_was_written(bytes_bpe: Any) -> None:
+    target, written = "ann pays more than bob .", "ann pays more than bob . so the answer is ann"
+    ids, completion = _ids(bytes_bpe, target), _ids(bytes_bpe, written)
+    assert completion[: len(ids)] == ids
+    assert places_in_completion(ids, completion, bytes_bpe) == list(range(len(ids)))
+
+
+@dataclass
+class _Letters:
+    """A tokenizer of single characters, of which 0 is special and 32 white space."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join({0: "", 1: " ab"}.get(token, chr(token)) for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("target", "completion", "places"),
+    [
+        ("abcd", "abcdef", [0, 1, 2, 3]),
+        ("abcd", " \nabcdef", [2, 3, 4, 5]),  # white space in front
+        ("abcd", "\0abcd\0", [1, 2, 3, 4]),  # special tokens
+        ("abcd", "\1cdef", [-1, -1, 1, 2]),  # another first token, which holds white space
+        ("\1cd", "abcdef", [-1, 2, 3]),
+        ("cabcab", "xcabcabcab", [-1] * 6),  # not the beginning of what was written
+        ("ababx", "ababy", [0, 1, 2, 3, -1]),  # another end
+        ("abXcdXef", "abYcdYef", [0, 1, -1, -1, -1, -1, -1, -1]),  # behind other text
+        ("abcd", "\1cd.abcd.abcd", [-1, -1, 1, 2]),  # said again further on, in longer runs
+        ("abba", "xyz", [-1] * 4),
+        ("", "ab", []),
+        ("ab", "", [-1, -1]),
+    ],
+)
+def test_equal_tokens_behind_equal_text_are_counterparts(target: str, completion: str, places: list[int]) -> None:
+    found = places_in_completion([ord(one) for one in target], [ord(one) for one in completion], _Letters())
+    assert found == places
+
+
+def test_what_is_said_twice_is_told_apart() -> None:
+    once, twice = [ord(one) for one in "so."], [ord(one) for one in "so.so."]
+    assert places_in_completion(twice, [*twice, *once], _Letters()) == [0, 1, 2, 3, 4, 5]
+    assert places_in_completion([9, *twice], [*twice], _Letters()) == [-1, 0, 1, 2, 3, 4, 5]
+
+
+def test_a_leading_space_costs_the_first_token_alone() -> None:
+    """GPT-2's tokens hold the space in front; a rationale loses it where the completion begins."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.train_from_iterator(["Ann pays more. So Ann pays"] * 9, trainers.BpeTrainer(show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    ids, completion = _ids(tokenizer, "Ann pays more."), _ids(tokenizer, " Ann pays more. So Ann")
+    assert tokenizer.convert_ids_to_tokens([ids[0], completion[0]]) == ["Ann", "ĠAnn"]
+    assert places_in_completion(ids, completion, tokenizer) == [-1, *range(1, len(ids))]

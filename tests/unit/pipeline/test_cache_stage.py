@@ -364,7 +364,7 @@ def test_training_logs_of_a_cached_teacher_are_those_of_the_teacher(
 @pytest.mark.parametrize("family", ["t5"], indirect=True)
 def test_a_recipe_without_a_cached_teacher_has_nothing_to_write(made: Callable[..., Made]) -> None:
     it = made("objective.soft.teacher=big", "teachers.kept={kind: ema}")
-    with pytest.raises(ConfigError, match=r"no teacher of `kind: cached` among \['big', 'kept'\]"):
+    with pytest.raises(ConfigError, match=r"no teacher of `kind: cached` or `captured` among \['big', 'kept'\]"):
         cache_signals(it.recipe)
 
 

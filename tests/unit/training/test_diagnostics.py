@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from distill_llm.core.signals import Signals
+from distill_llm.core.sparse import TopSignals
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
@@ -207,6 +208,16 @@ def test_tokens_that_a_teacher_knows_nothing_of_are_not_asked_about() -> None:
     assert logs["teacher_entropy_soft"] == pytest.approx(
         _looked_at(student.part(0, 2), teacher.part(0, 2))["teacher_entropy_soft"]
     )
+
+
+def test_words_that_mean_nothing_are_not_counted() -> None:
+    student = _signals([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+    none, probs = torch.zeros(3, dtype=torch.long), torch.tensor([[0.5, 0.25], [0.5, 0.25], [0.1, 0.1]])
+    kept = (torch.tensor([[1, 0], [1, 0], [0, 1]]), probs.log(), torch.zeros(3, 1))
+    teacher = TopSignals(none, none, 3, (1.0,), *kept, known=torch.tensor([True, True, False]))
+    logs = _looked_at(student, teacher)
+    assert logs["agreement_soft"] == 0.5
+    assert logs["captured_mass_soft"] == pytest.approx(0.75)
 
 
 def test_nobody_agrees_on_words_of_another_tokenizer() -> None:
