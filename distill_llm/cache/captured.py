@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from distill_llm.cache.packing import bits_for, pack, pack_logs, pack_odds
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ def captured_columns(top_words: Array, log_probs: Array, places: Sequence[int], 
     ``places``: which of the T tokens stands at each of the row's; -1 for none. Such a token is not ``known``, and
     neither is one with a word beyond ``width``. Nothing is renormalised: the rest is 1 minus the sum.
     """
+    import numpy as np
+
     at = np.asarray(places, np.int64)
     words, logs = top_words[at], log_probs[at].astype(np.float64)
     known = (at >= 0) & ~np.isnan(logs).any(-1) & (words >= 0).all(-1) & (words < width).all(-1)
