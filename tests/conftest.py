@@ -63,6 +63,7 @@ _IN_ORDER = (
     ("distill_llm.data.cuts", ("TokenCuts",)),
     ("distill_llm.data.sampler", ()),
     ("distill_llm.data.collate", ()),
+    ("distill_llm.schemes.stages", ()),
     ("distill_llm.schemes.base", ()),
     ("distill_llm.schemes", ()),
 )
@@ -82,6 +83,7 @@ def _check_shapes() -> None:
     names: dict[str, Any] = {
         "Tensor": torch.Tensor,
         "TensorTeacher": Any,
+        "Scheme": Any,
         "device": torch.device,
     }  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}

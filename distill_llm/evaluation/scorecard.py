@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-Role = Literal["teacher", "student", "control"]
+Role = Literal["teacher", "assistant", "student", "control"]
 
 FILE_NAME = "scorecard.json"
 ONE_RUN_NOTE = (
     "The intervals are over test examples of one training run. They do not cover the spread between seeds: train with "
     "several seeds before you rely on a small difference."
 )
-_ROLES: tuple[Role, ...] = ("teacher", "student", "control")
+_ROLES: tuple[Role, ...] = ("teacher", "assistant", "student", "control")
 
 
 class _Record(BaseModel):
@@ -129,8 +129,9 @@ def build_scorecard(
 ) -> Scorecard:
     """Scores every model of ``results``: its name, its facts, and for each example whether it was answered correctly.
 
-    The booleans of all models stand for the same examples in the same order. Entries come out as teachers, students,
-    controls. Raises ConfigError for a main student that is not there, DataError for answers that cannot be aligned.
+    The booleans of all models stand for the same examples in the same order. Entries come out as teachers, assistants,
+    students, controls. Raises ConfigError for a main student that is not there, DataError for answers that cannot be
+    aligned.
     """
     _check(results, student)
     entries = []

@@ -72,8 +72,11 @@ def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
         ) from None
 
 
-def check_student(spec: StudentSpec, *, where: str = "student") -> None:
-    """Raises ConfigError where the student's model or tokenizer cannot be had. Loads no weights."""
+def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
+    """Raises ConfigError where the student's model or tokenizer cannot be had; gives whether it is an encoder-decoder.
+
+    Loads no weights.
+    """
     if spec.config:
         is_encoder_decoder = bool(getattr(_config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
     else:
@@ -85,6 +88,17 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> None:
         )
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)
+    return is_encoder_decoder
+
+
+def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> int:
+    """Parameters of a student, adapters aside, without its weights."""
+    if not spec.config:
+        return count_parameters(spec.model, spec.revision, where=f"{where}.model")
+    import torch
+
+    with torch.device("meta"):
+        return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer).num_parameters
 
 
 def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:

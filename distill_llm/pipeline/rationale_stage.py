@@ -24,6 +24,7 @@ from distill_llm.rationales.ledger import ledger_report, read_ledgers
 from distill_llm.rationales.prompts import make_prompter
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 PATIENCE = datetime.timedelta(days=7)  # one process may have asked for all of its share long before another
 _MANY = 20_000  # examples, from which on parsing them is worth a bar
@@ -72,12 +73,28 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
     for teacher in recipe.teachers.values():
         teacher.check()
     check_views(recipe, splits.train)
-    check_student(recipe.student)
+    _check_students(recipe)
     if recipe.train.report_to:
         from distill_llm.training.arguments import check_reporters
 
         check_reporters(recipe.train)
     return splits
+
+
+def _check_students(recipe: Recipe) -> None:
+    """Those of all stages, but for one that starts from an earlier stage's model."""
+    run = RunFolder(recipe.folder)
+    stages = recipe.stages
+    begun = {str(run.model(stage.name)) for stage in stages}
+    reads_apart = check_student(recipe.student)
+    for stage in stages:
+        if stage.name == STUDENT or stage.student.model in begun:
+            continue
+        if check_student(stage.student, where=f"scheme: stage '{stage.name}'") != reads_apart:
+            raise ConfigError(
+                f"scheme: stage '{stage.name}' and the student are an encoder-decoder and a decoder-only model. All "
+                "stages read the same rows: choose models of one family."
+            )
 
 
 def wanted_splits(recipe: Recipe, splits: Splits) -> dict[str, Sequence[Example]]:

@@ -11,11 +11,11 @@ from distill_llm.core.example import Splits
 from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
-from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard

@@ -13,7 +13,7 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, storage, write_text
 from distill_llm.rationales.spec import MANNER
 from distill_llm.recipe.load import parse_yaml, recipe_from
-from distill_llm.recipe.recipe import Recipe
+from distill_llm.recipe.recipe import Recipe, model_folder
 
 _FREE = (
     "evaluate",
@@ -89,7 +89,7 @@ class RunFolder:
 
     def model(self, name: str) -> Path:
         """The arm's finished model: what a user loads, and what another recipe may name as its teacher."""
-        return self.arm(name) / "model"
+        return model_folder(self.root, name)
 
     def result(self, name: str) -> Path:
         return self.arm(name) / "result.json"

@@ -19,11 +19,11 @@ from distill_llm.evaluation.predict import Predictions, predict
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
-from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import max_new_tokens, student_view
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 TEACHER = "teacher"
 
@@ -36,7 +36,7 @@ def check_test_labels(splits: Splits) -> None:
 
 def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress) -> Scorecard:
     """Scores what is trained. Raises ConfigError without a trained student, DataError without test labels."""
-    arms = run.trained_arms()
+    arms = [arm for arm in run.trained_arms() if read_json(run.result(arm)).get("scored", True)]
     if STUDENT not in arms:
         raise ConfigError(f"{run.root}: no student is trained here yet. Type: distill-llm train {run.recipe}")
     check_test_labels(material.splits)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import fingerprint, read_json, storage, write_json
+from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
 from distill_llm.data.rows import RowSet, build_rows, target_texts
-from distill_llm.models.load import build_student, load_tokenizer, read_tokenizer
-from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
+from distill_llm.models.load import LoadedModel, build_student, load_tokenizer, parameters_of, read_tokenizer
+from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
 from distill_llm.pipeline.views import is_asked, make_viewers
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,6 @@ class Plan:
 
 def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     """Builds the tokenizer (saved in the run folder), the rows, and the arms; loads the student once for its size."""
-    from distill_llm.core.processes import main_first
-
     main_first(lambda: _save_tokenizer(recipe, material, run))
     student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
     check_chat(recipe, student.tokenizer)
@@ -47,16 +48,31 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         label_from=recipe.label_from,
         viewers=make_viewers(recipe, student, view),
     )
+    return Plan(plan_arms(recipe, rows.rows, _sizes(recipe, student, run)), rows)
+
+
+def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
+    """``student`` is the recipe's own. Loads no further weights."""
     size = student.num_parameters
-    sizes = {name: teacher.num_parameters(size) for name, teacher in recipe.teachers.items() if is_asked(recipe, name)}
-    return Plan(plan_arms(recipe, rows.rows, student_parameters=size, teacher_parameters=sizes), rows)
+    stages: dict[str, int] = {}
+    for stage in recipe.stages:
+        begun = {str(run.model(name)): parameters for name, parameters in stages.items()}
+        if stage.name == STUDENT:
+            stages[STUDENT] = size
+        elif stage.student.model in begun:
+            stages[stage.name] = begun[stage.student.model]
+        else:
+            where = f"scheme: stage '{stage.name}'"
+            stages[stage.name] = parameters_of(stage.student, student.tokenizer, where=where)
+    asked = (name for name in recipe.teachers if is_asked(recipe, name))
+    return Sizes(stages, {name: recipe.teachers[name].num_parameters(size) for name in asked})
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
     return Trial(
         arm=arm,
         learning_rate=rate,
-        recipe=recipe,
+        recipe=arm.recipe(recipe),
         rows=arm.rows_of(plan.rows.rows),
         validation=material.splits.validation,
         tokenizer=run.tokenizer,
@@ -67,29 +83,46 @@ def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, a
 def train_arms(
     recipe: Recipe, material: Material, plan: Plan, run: RunFolder, names: Sequence[str], progress: Progress
 ) -> None:
-    """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks."""
+    """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks.
+
+    An arm that needs others waits for them; all that need nothing more are trained side by side.
+    """
     if all(example.label is None for example in material.splits.validation):
         progress.say("no validation example has a label: nothing is validated, and the last step is kept")
-    waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, run)]
+    waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, recipe, plan, run)]
+    for arm in waiting:
+        write_json(run.arm(arm.name) / "plan.json", plan_facts(arm, recipe, plan))
     rates = recipe.train.tune or (recipe.train.learning_rate,)
-    trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in waiting for rate in rates]
-    for arm in waiting:
-        write_json(run.arm(arm.name) / "plan.json", _plan_facts(arm))
-    results = run_trials(trials, recipe.train.workers, progress)
-    for arm in waiting:
-        own = [(trial, result) for trial, result in zip(trials, results, strict=True) if trial.arm.name == arm.name]
-        _keep_best(arm, own, run)
+    while waiting:
+        unfinished = {arm.name for arm in waiting}
+        ready = [arm for arm in waiting if unfinished.isdisjoint(arm.after)]
+        trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in ready for rate in rates]
+        results = run_trials(trials, recipe.train.workers, progress)
+        pairs = list(zip(trials, results, strict=True))
+        main_first(partial(_keep_best_of, ready, pairs, run))
+        waiting = [arm for arm in waiting if arm not in ready]
 
 
-def _plan_facts(arm: Arm) -> dict[str, Any]:
-    terms = [term.model_dump(mode="json") for term in arm.terms]
-    return {"description": arm.description, "max_steps": arm.max_steps, "terms": terms, "target": arm.evaluate_target}
+def plan_facts(arm: Arm, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What decides the arm's weights, but for the recipe's sections that all arms share."""
+    facts: dict[str, Any] = {
+        "description": arm.description,
+        "max_steps": arm.max_steps,
+        "terms": [term.model_dump(mode="json") for term in arm.terms],
+        "target": arm.evaluate_target,
+    }
+    if arm.student != recipe.student:
+        facts["student"] = arm.student.model_dump(mode="json")
+    if arm.after:
+        by_name = {one.name: one for one in plan.arms}
+        facts["after"] = {name: fingerprint(plan_facts(by_name[name], recipe, plan)) for name in arm.after}
+    return facts
 
 
-def _is_trained(arm: Arm, run: RunFolder) -> bool:
+def _is_trained(arm: Arm, recipe: Recipe, plan: Plan, run: RunFolder) -> bool:
     """Raises ConfigError where the folder holds an arm of this name with another plan."""
     path = run.arm(arm.name) / "plan.json"
-    if path.exists() and fingerprint(read_json(path)) != fingerprint(_plan_facts(arm)):
+    if path.exists() and fingerprint(read_json(path)) != fingerprint(plan_facts(arm, recipe, plan)):
         raise ConfigError(
             f"{run.arm(arm.name)}: this arm was planned otherwise ({path.name} says how). Delete the folder to train "
             "it anew, or give the arm another name."
@@ -97,12 +130,13 @@ def _is_trained(arm: Arm, run: RunFolder) -> bool:
     return run.result(arm.name).exists()
 
 
-def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
-    """Moves the model with the best validation accuracy up to the arm's folder. Only the main process does."""
-    from distill_llm.core.processes import is_main_process
+def _keep_best_of(arms: Sequence[Arm], pairs: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
+    for arm in arms:
+        _keep_best(arm, [pair for pair in pairs if pair[0].arm is arm], run)
 
-    if not is_main_process():
-        return
+
+def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
+    """Moves the model with the best validation accuracy up to the arm's folder."""
     best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
     with storage(run.model(arm.name)):
         if (best.folder / "model").exists():
@@ -110,7 +144,10 @@ def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: Ru
             (best.folder / "model").rename(run.model(arm.name))
     write_json(
         run.result(arm.name),
-        _plan_facts(arm) | {"role": arm.role} | result | {"trials": [result for _, result in trials]},
+        read_json(run.arm(arm.name) / "plan.json")
+        | {"role": arm.role, "scored": arm.scored}
+        | result
+        | {"trials": [result for _, result in trials]},
     )
     for trial, _ in trials:
         shutil.rmtree(trial.folder, ignore_errors=True)

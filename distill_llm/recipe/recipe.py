@@ -15,6 +15,7 @@ from distill_llm.objective import Term
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
 from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.stages import Sections, Stage, check_stages
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.tasks.base import Task
 from distill_llm.teachers.base import TensorTeacherSpec
@@ -48,6 +49,15 @@ class Recipe(Component):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name)).expanduser()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the scheme makes of the recipe; the student's training is the last."""
+        return self.scheme.stages(self._sections)
+
+    @property
+    def _sections(self) -> Sections:
+        return Sections(self.student, self.teachers, self.objective, lambda name: str(model_folder(self.folder, name)))
 
     @field_validator("objective")
     @classmethod
@@ -104,6 +114,10 @@ class Recipe(Component):
             )
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
+        try:
+            check_stages(self.stages, self._sections)
+        except ValueError as error:
+            raise ValueError(f"scheme: {error}") from None
         self._ablations_exist()
         return self
 
@@ -124,6 +138,7 @@ class Recipe(Component):
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
+        taken = (*(stage.name for stage in self.stages), "labels_same_steps", "labels_same_compute", "teacher")
         for ablation, kept in self.evaluate.ablations.items():
             unknown = set(kept) - names
             if unknown or not kept:
@@ -136,8 +151,13 @@ class Recipe(Component):
                     f"evaluate.ablations.{ablation}: every term of {list(kept)} ends (`until`) before the training "
                     "does; add one that goes on to the end"
                 )
-            if ablation in ("student", "labels_same_steps", "labels_same_compute", "teacher"):
+            if ablation in taken:
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")
+
+
+def model_folder(run: Path, name: str) -> Path:
+    """Where the finished model of an arm lies in a run's folder."""
+    return run / "models" / name / "model"
 
 
 def _refuse_circles(teachers: Mapping[str, TensorTeacherSpec], way: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from distill_llm.core.component import Component
 from distill_llm.core.signals import Batch, LazySignals, Signals, select_rows, signals_of
 from distill_llm.core.sparse import SparseSignals
 from distill_llm.models.forward import forward
+from distill_llm.schemes.stages import STUDENT, Sections, Stage, describe
 from distill_llm.teachers.base import DeepTeacher, LazyTeacher
 
 if TYPE_CHECKING:
@@ -25,6 +26,22 @@ Comparison = tuple[Signals | LazySignals, Mapping[str, Taught]]
 
 class Scheme(Component):
     """Base of all schemes. A new hook belongs here only with a default that suits every other scheme."""
+
+    def stages(self, sections: Sections) -> tuple[Stage, ...]:
+        """The trainings of a recipe, each after those that it needs; the student's is the last.
+
+        Raises ValueError where the scheme cannot be had with these sections. Reads no file.
+        """
+        terms = sections.objective
+        return (Stage(STUDENT, describe(terms), sections.student, sections.teachers, terms, scheme=self),)
+
+    def alone(self) -> Scheme:
+        """The scheme of an ablation, whose objective has fewer terms: one training of one model."""
+        return self
+
+    def at_step(self, objective: Objective, step: int, seed: int) -> Objective:
+        """The objective of one optimiser step, the ``step``-th from 0; what is drawn for it is drawn from ``seed``."""
+        return objective
 
     def prepare(self, batches: list[Batch], model: Any) -> list[Batch]:
         """Rewrites the batches of one optimiser step, before their tokens are counted."""

@@ -86,7 +86,8 @@ class DistillTrainer(Trainer):
         """The micro-batches of one step, and each term's tokens in all of them on all ranks."""
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
         batches = self.scheme.prepare(batches, self.model)
-        self._now = self.objective.at(self.state.global_step / max(1, self.args.max_steps))
+        step = self.state.global_step
+        self._now = self.scheme.at_step(self.objective.at(step / max(1, self.args.max_steps)), step, self.args.seed)
         self._means_steps += 1
         counts = self._counts(batches)
         if self._diagnostics is not None:
