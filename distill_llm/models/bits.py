@@ -25,19 +25,19 @@ def dtype_beside(load_in: Bits) -> str:
     return "float16" if load_in == "8bit" else "bfloat16"
 
 
-def make_trainable(model: Any) -> None:
-    """Lets gradients through a quantized model, whose own weights stay as they are.
+def keep_layout(model: Any, *, trains: bool = False) -> None:
+    """Keeps bitsandbytes from laying 4-bit weights out anew for inference where that breaks a model.
 
-    On a CPU with AVX512-BF16, bitsandbytes lays 4-bit weights out anew for inference at the first pass in eval mode
-    (a validation), and later passes of the training lose the gradient to what lies below, without an error.
+    It does so on a CPU with AVX512-BF16, at the first pass in eval mode: it fails for sizes that are no multiples of
+    its blocks, and of a model that ``trains`` later passes lose the gradient to what lies below, without an error.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    for weight in model.parameters():
-        weight.requires_grad_(False)
+            rows, columns = module.weight.quant_state.shape
+            if trains or rows % 32 or columns % module.weight.quant_state.blocksize:
+                module.support_avx512bf16_for_cpu = False
 
 
 def size_of(weight: Any) -> Any:

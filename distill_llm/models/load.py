@@ -14,7 +14,7 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
 from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
-from distill_llm.models.bits import bits_config, dtype_beside, make_trainable, size_of
+from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,11 +48,7 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
     if spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")
     else:
-        where_to = choose_device("auto", where=where)
-        model = load_on(
-            where_to, spec.model, spec.revision, where=f"{where}.load_in", dtype="float32", load_in=spec.load_in
-        )
-        make_trainable(model)
+        model = _quantized_student(spec, where)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
@@ -74,7 +70,9 @@ def _quantized_student(spec: StudentSpec, where: str) -> Any:
     computes_in = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
     kinds: dict[str, Any] = {"dtype": "float32", "load_in": spec.load_in, "computes_in": computes_in}
     model = load_on(device, spec.model, spec.revision, where=f"{where}.load_in", **kinds)
-    make_trainable(model)
+    keep_layout(model, trains=True)
+    for weight in model.parameters():
+        weight.requires_grad_(False)  # adapters learn, and nothing else
     return model
 
 
@@ -187,7 +185,9 @@ def load_on(
         "device_map": {"": device},
         "dtype": dtype,
     }
-    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    model = _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    keep_layout(model)
+    return model
 
 
 def check_bits(source: str, load_in: Bits, *, where: str) -> None:
