@@ -49,6 +49,10 @@ class Recipe(Component):
     def folder(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name)).expanduser()
 
+    @property
+    def training_seed(self) -> int:
+        return self.seed if self.train.seed == "recipe" else self.train.seed
+
     @field_validator("objective")
     @classmethod
     def _names_differ(cls, objective: tuple[Term, ...]) -> tuple[Term, ...]:
