@@ -189,7 +189,7 @@ def sweep(
 
     with _progress() as progress:
         report = run_sweep(plan, progress)
-    show_sweep(report, str(plan.folder), _console())
+    show_sweep(report, plan.folder, _console())
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -37,18 +38,21 @@ def show_grid(plan: SweepPlan, console: Console) -> None:
     )
 
 
-def show_sweep(report: SweepReport, folder: str, console: Console) -> None:
+def show_sweep(report: SweepReport, folder: Path, console: Console) -> None:
+    """The settings, what to take, and what that comes to on test."""
     from distill_llm.evaluation.sweep_report import to_table, to_test_table
 
     console.print()
     console.print(to_table(report))
     console.print(f"\n[bold]{_plain(report.advice)}[/bold]", highlight=False)
-    console.print(f"\nThe chosen one on {report.test_examples:,} test examples, which no other setting has seen:")
+    console.print(f"\nThe chosen one, and it alone, on {report.test_examples:,} test examples:", highlight=False)
     console.print(to_test_table(report))
     for verdict in report.verdicts if len(report.verdicts) == 1 else ():
         console.print(f"\n[bold]{_plain(verdict)}[/bold]", highlight=False)
-    for name, path in [("Sweep", f"{folder}/sweep.md"), *(("Scorecard", card) for card in report.scorecards)]:
-        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+    files = [path for path in (folder / "sweep.md", folder / "sweep.png") if path.exists()]
+    console.print()
+    for path in [*files, *report.scorecards]:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:
