@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from distill_llm.core.extras import load_extra
 from distill_llm.core.files import atomic
 from distill_llm.evaluation.sweep_report import SweepReport, Tried
 
-_WIDTH, _HEIGHT, _A_ROW = 4.6, 3.9, 3  # inches of a panel, and how many stand side by side
+_WIDTH, _HEIGHT, _A_ROW = 4.4, 3.9, 3  # inches of a panel, and how many stand side by side
 _LINE, _FAINT, _CHOSEN = "#1f5fa8", "#b3b3b3", "#c8371b"
-_MANY_LETTERS = 40
+_IS_CHOSEN, _IS_OTHER = "chosen", "all other settings"
+_LETTERS = 42  # that fit below a panel, side by side
 
 
 def save_plot(path: Path, report: SweepReport) -> None:
@@ -37,36 +39,57 @@ def make_figure(report: SweepReport) -> Any:
             panel.set_ylabel("validation accuracy, %")
     for panel in panels[count:]:
         panel.remove()
+    found = [panel.get_legend_handles_labels() for panel in panels[:count]]
+    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    order = [label for label in (_legend(report), _IS_CHOSEN, _IS_OTHER) if label in entries]
+    figure.legend(
+        [entries[label] for label in order], order, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
     _title(figure, report)
     return figure
 
 
-def _draw(panel: Any, report: SweepReport, axis: int) -> None:
-    best = report.best
-    on_line = [one for one in report.tried if _others(one, axis) == _others(best, axis)]
-    off_line = [one for one in report.tried if one not in on_line]
-    on_line.sort(key=lambda one: one.places[axis])
-    if off_line:
-        places = [one.places[axis] for one in off_line]
-        means = [100 * one.mean for one in off_line]
-        panel.scatter(places, means, color=_FAINT, s=22, label="other settings", zorder=2)
-    places, means = [one.places[axis] for one in on_line], [100 * one.mean for one in on_line]
-    deviations = [100 * (one.deviation or 0.0) for one in on_line]
-    has_bars = best.deviation is not None
-    label = "the rest as chosen" if len(report.axes) > 1 else "mean"
-    label += " (bars: ± 1 sd over seeds)" if has_bars else ""
-    panel.errorbar(
-        places, means, deviations if has_bars else None, color=_LINE, marker="o", capsize=4, label=label, zorder=3
+def _draw(panel: Any, report: SweepReport, number: int) -> None:
+    """Values of numbers in their order, others as typed; all at the same distance."""
+    axis, best = report.axes[number], report.best
+    numeric = all(isinstance(value, int | float) for value in axis.values)
+    order = (
+        sorted(range(len(axis.values)), key=lambda place: axis.values[place]) if numeric else range(len(axis.values))
     )
-    panel.scatter([best.places[axis]], [100 * best.mean], color=_CHOSEN, marker="*", s=210, label="chosen", zorder=4)
-    shown = report.axes[axis].shown
-    crowded = sum(map(len, shown)) > _MANY_LETTERS
-    panel.set_xticks(range(len(shown)), shown, rotation=30 if crowded else 0, ha="right" if crowded else "center")
-    panel.set_xlim(-0.5, len(shown) - 0.5)
-    panel.set_xlabel("\n".join(report.axes[axis].keys), fontsize=9)
+    at = {place: position for position, place in enumerate(order)}
+    on_line = sorted(
+        (one for one in report.tried if _others(one, number) == _others(best, number)),
+        key=lambda one: at[one.places[number]],
+    )
+    off_line = [one for one in report.tried if one not in on_line]
+    if off_line:
+        places, means = [at[one.places[number]] for one in off_line], [100 * one.mean for one in off_line]
+        panel.scatter(places, means, color=_FAINT, s=22, label=_IS_OTHER, zorder=2)
+    panel.scatter(
+        [at[best.places[number]]], [100 * best.mean], color=_CHOSEN, marker="*", s=190, label=_IS_CHOSEN, zorder=4
+    )
+    panel.errorbar(
+        [at[one.places[number]] for one in on_line],
+        [100 * one.mean for one in on_line],
+        [100 * (one.deviation or 0.0) for one in on_line] if best.deviation is not None else None,
+        color=_LINE,
+        marker="o",
+        linestyle="-" if numeric else "none",
+        capsize=4,
+        label=_legend(report),
+        zorder=3,
+    )
+    letters = max(6, _LETTERS // len(at))
+    panel.set_xticks(range(len(at)), ["\n".join(textwrap.wrap(axis.shown[place], letters)) for place in order])
+    panel.set_xlim(-0.5, len(at) - 0.5)
+    panel.set_xlabel("\n".join(axis.keys), fontsize=9)
     panel.grid(axis="y", color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=7, frameon=False)
+
+
+def _legend(report: SweepReport) -> str:
+    rest = "the rest as chosen, " if len(report.axes) > 1 else ""
+    return rest + ("mean ± sd over seeds" if len(report.seeds) > 1 else "one seed")
 
 
 def _others(tried: Tried, axis: int) -> tuple[int, ...]:
@@ -76,7 +99,8 @@ def _others(tried: Tried, axis: int) -> tuple[int, ...]:
 def _title(figure: Any, report: SweepReport) -> None:
     count = len(report.seeds)
     seeds = f"{count} seeds" if count > 1 else "one seed"
-    figure.suptitle(
-        f"{report.recipe}: {len(report.tried)} settings, {seeds}, {report.validation_examples:,} validation examples",
-        fontsize=11,
+    title = (
+        f"{report.recipe}: {len(report.tried)} settings, {seeds}, {report.validation_examples:,} validation examples"
     )
+    letters = _LETTERS * min(len(report.axes), _A_ROW)
+    figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=11)

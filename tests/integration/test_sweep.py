@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 GRID = ("train.learning_rate=[1e-2, 2e-2, 4e-2]",)
-MORE = ("evaluate.controls=[labels_same_steps]", "train.max_steps=24", "train.validate_every=4")
+MORE = ("evaluate.controls=[labels_same_steps]", "train.max_steps=12", "train.validate_every=6")
 
 
 def _trained(sweep: Path) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_plot_shows_means_deviations_and_the_chosen(report: SweepReport, tmp_pat
         points.get_label(): points.get_offsets().tolist() for points in temperature.collections if points.get_label()
     }
     assert drawn["chosen"] == [[1.0, 75.0]]
-    assert drawn["other settings"] == [[0.0, pytest.approx(60)], [1.0, pytest.approx(65)], [2.0, pytest.approx(20)]]
+    assert drawn["all other settings"] == [[0.0, pytest.approx(60)], [1.0, pytest.approx(65)], [2.0, pytest.approx(20)]]
     save_plot(tmp_path / "sweep.png", report)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
