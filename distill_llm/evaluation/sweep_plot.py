@@ -13,7 +13,7 @@ from distill_llm.evaluation.sweep_report import SweepReport, Tried
 
 _WIDTH, _HEIGHT, _A_ROW = 4.4, 3.9, 3  # inches of a panel, and how many stand side by side
 _LINE, _FAINT, _CHOSEN = "#1f5fa8", "#b3b3b3", "#c8371b"
-_IS_CHOSEN, _IS_OTHER = "chosen", "all other settings"
+_IS_CHOSEN, _IS_OTHER, _IS_ONE_SEED = "chosen", "all other settings", "each seed"
 _LETTERS = 42  # that fit below a panel, side by side
 
 
@@ -40,10 +40,10 @@ def make_figure(report: SweepReport) -> Any:
     for panel in panels[count:]:
         panel.remove()
     found = [panel.get_legend_handles_labels() for panel in panels[:count]]
-    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    order = [label for label in (_legend(report), _IS_CHOSEN, _IS_OTHER) if label in entries]
+    entries = {label: handle for handles, labels in found[::-1] for handle, label in zip(handles, labels, strict=True)}
+    order = [label for label in (_legend(report), _IS_CHOSEN, _IS_ONE_SEED, _IS_OTHER) if label in entries]
     figure.legend(
-        [entries[label] for label in order], order, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+        [entries[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9, frameon=False
     )
     _title(figure, report)
     return figure
@@ -65,6 +65,8 @@ def _draw(panel: Any, report: SweepReport, number: int) -> None:
     if off_line:
         places, means = [at[one.places[number]] for one in off_line], [100 * one.mean for one in off_line]
         panel.scatter(places, means, color=_FAINT, s=22, label=_IS_OTHER, zorder=2)
+    if len(report.seeds) > 1:
+        _draw_seeds(panel, [at[one.places[number]] for one in on_line], on_line, "-" if numeric else ":")
     panel.scatter(
         [at[best.places[number]]], [100 * best.mean], color=_CHOSEN, marker="*", s=190, label=_IS_CHOSEN, zorder=4
     )
@@ -85,6 +87,16 @@ def _draw(panel: Any, report: SweepReport, number: int) -> None:
     panel.set_xlabel("\n".join(axis.keys), fontsize=9)
     panel.grid(axis="y", color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_seeds(panel: Any, positions: list[int], tried: list[Tried], style: str) -> None:
+    """What belongs together: seeds often differ by more than settings do, and all settings have the same seeds."""
+    for number in range(len(tried[0].validation)):
+        values = [100 * one.validation[number] for one in tried]
+        label = _IS_ONE_SEED if number == 0 else None
+        panel.plot(
+            positions, values, color=_LINE, alpha=0.35, marker=".", linestyle=style, lw=1, label=label, zorder=2.5
+        )
 
 
 def _legend(report: SweepReport) -> str:

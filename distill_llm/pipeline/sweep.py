@@ -231,7 +231,7 @@ def _tried(setting: Setting, results: Mapping[str, Mapping[str, Any]]) -> Any:
         validation=tuple(result["validation_accuracy"] for result in found),
         mean=middle,
         deviation=deviation,
-        parameters=None if is_adapter(model) else count_parameters(model, where=model),
+        parameters=count_parameters(model, where=model) if Path(model).is_dir() and not is_adapter(model) else None,
         train_seconds=round(sum(result["seconds"] for result in found) / len(found), 3),
         folders=tuple(recipe.run_dir for recipe in setting.recipes),
     )

@@ -201,6 +201,8 @@ def test_plot_shows_means_deviations_and_the_chosen(report: SweepReport, tmp_pat
     }
     assert drawn["chosen"] == [[1.0, 75.0]]
     assert drawn["all other settings"] == [[0.0, pytest.approx(60)], [1.0, pytest.approx(65)], [2.0, pytest.approx(20)]]
+    seeds = [line.get_ydata().tolist() for line in temperature.lines if line.get_marker() == "."]
+    assert seeds == [[50, pytest.approx(80)], [pytest.approx(60), 70]]
     save_plot(tmp_path / "sweep.png", report)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]

@@ -166,6 +166,23 @@ def test_tiny_sweep_is_made_of_ordinary_runs(teach: Any, even: Any) -> None:
     assert len(teacher.asked) == asked
 
 
+def test_caches_are_written_before_any_run_is_trained(
+    teach: Any, even: Any, train: Any, scored: Any, tiny_t5: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another: two workers would write into a folder that they share."""
+    teach()
+    done = train({0.001: 0.5, 0.002: 0.6})
+    monkeypatch.setattr(sweeps, "cache_signals", lambda recipe, *, progress: done.append("cached"))
+    tiny_t5().model.save_pretrained(tmp_path / "t5")
+    words = [
+        f"teachers={{big: {{kind: frozen, model: {tmp_path / 't5'}}}, disk: {{kind: cached, of: big}}}}",
+        "objective.1={name: soft, loss: {kind: forward_kl}, targets: [label], teacher: disk}",
+    ]
+    distill_llm.sweep(even(*words), ["train.learning_rate=[0.001, 0.002]"])
+    assert done[:2] == ["cached"] * 2
+    assert [recipe.train.learning_rate for recipe in done[2:]] == [0.001, 0.002]
+
+
 def test_sweep_works_in_one_process(even: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="`sweep` works in one process"):
