@@ -52,10 +52,9 @@ def make_figure(report: SweepReport) -> Any:
 def _draw(panel: Any, report: SweepReport, number: int) -> None:
     """Values of numbers in their order, others as typed; all at the same distance."""
     axis, best = report.axes[number], report.best
-    numeric = all(isinstance(value, int | float) for value in axis.values)
-    order = (
-        sorted(range(len(axis.values)), key=lambda place: axis.values[place]) if numeric else range(len(axis.values))
-    )
+    numbers = [value for value in axis.values if isinstance(value, int | float)]
+    numeric = len(numbers) == len(axis.values)
+    order = sorted(range(len(numbers)), key=lambda place: numbers[place]) if numeric else range(len(axis.values))
     at = {place: position for position, place in enumerate(order)}
     on_line = sorted(
         (one for one in report.tried if _others(one, number) == _others(best, number)),

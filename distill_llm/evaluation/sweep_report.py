@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from distill_llm.evaluation.scorecard import Scorecard
 
-Number: TypeAlias = int | float
 BEST = "best"
 CHOICE_NOTE = (
     "Validation chose, so that its accuracy of the chosen setting is rather too high. Test was not looked at before "
@@ -222,19 +221,14 @@ def _lead(axes: Sequence[AxisRecord], best: Tried, other: Tried) -> str:
 
 def _edge(axis: AxisRecord, tried: Sequence[int], place: int) -> str:
     """A word of advice where the best number is the largest or the smallest that was tried."""
-    numbers = [value for value in (axis.values[one] for one in tried) if _is_number(value)]
-    value = axis.values[place]
-    if len(numbers) < len(tried) or len(tried) < 2 or not _is_number(value):
+    values = [axis.values[one] for one in tried]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < max(2, len(values)):
         return ""
-    if value == max(numbers):  # pyright: ignore[reportArgumentType]
-        return f"{axis.name} {axis.shown[place]} is the largest that was tried: try larger ones too."
-    if value == min(numbers):  # pyright: ignore[reportArgumentType]
-        return f"{axis.name} {axis.shown[place]} is the smallest that was tried: try smaller ones too."
+    for bound, word in ((max(numbers), "larg"), (min(numbers), "small")):
+        if axis.values[place] == bound:
+            return f"{axis.name} {axis.shown[place]} is the {word}est that was tried: try {word}er ones too."
     return ""
-
-
-def _is_number(value: JsonValue) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _student(report: SweepReport) -> int:
