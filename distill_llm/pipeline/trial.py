@@ -68,7 +68,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     from distill_llm.training.train import make_trainer
 
     recipe = trial.recipe
-    set_seed(recipe.seed)
+    set_seed(recipe.training_seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
     teachers = open_teachers(recipe, trial.arm.terms, student)
@@ -82,7 +82,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         teachers=teachers,
         validate=_validator(trial, student),
         folder=trial.folder,
-        seed=recipe.seed,
+        seed=recipe.training_seed,
     )
 
 
