@@ -47,7 +47,7 @@ class _Attend:
     """One layer's attention, in the form that transformers asks for; what gains nothing here is left to its own."""
 
     def __init__(self) -> None:
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # all layers have the same: with it, or its id is another's
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # kept with what they are of, whose id must stay its own
 
     def __call__(
         self,
@@ -114,7 +114,7 @@ class _Attention(torch.autograd.Function):
             noise = draw_noise(weights.shape, dropout, exact) if can_draw(dropout) else None
             out = torch.bmm((weights if noise is None else weights * noise).to(dtype), value)
         ctx.save_for_backward(query, key, value, weights, noise)
-        ctx.scale, ctx.bias = scale, bias
+        ctx.scale, ctx.bias = scale, None if bias is None else (bias.shape, bias.dtype)
         return out.unflatten(0, shape)
 
     @staticmethod
@@ -141,10 +141,12 @@ class _Attention(torch.autograd.Function):
                 dropped, of_weights = weights * noise, of_weights.mul_(noise)
             of_value = torch.bmm(dropped.to(out.dtype).transpose(1, 2), out)
             scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-            of_bias = scores.unflatten(0, shape).sum_to_size(ctx.bias.shape) if ctx.needs_input_grad[4] else None
+            of_bias = None
+            if ctx.needs_input_grad[4]:
+                of_bias = scores.unflatten(0, shape).sum_to_size(ctx.bias[0]).to(ctx.bias[1])
             scores = scores.to(out.dtype)
             of_query, of_key = torch.bmm(scores, key), torch.bmm(scores.transpose(1, 2), query)
             if ctx.scale != 1:
                 of_query, of_key = of_query.mul_(ctx.scale), of_key.mul_(ctx.scale)
         found = (gradient.unflatten(0, shape) for gradient in (of_query, of_key, of_value))
-        return (*found, None, None if of_bias is None else of_bias.to(ctx.bias.dtype), None, None)
+        return (*found, None, of_bias, None, None)

@@ -66,10 +66,9 @@ class DistillTrainer(Trainer):
         self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
         self._moving = MoveTeachers(self.teachers)
         self.add_callback(self._moving)
-        self._now, self.validate = objective.at(0.0), validate
+        self._now, self.validate, self._has_heads = objective.at(0.0), validate, bool(head_weights(model))
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._has_heads = bool(head_weights(model))
         self._means, self._means_steps = dict[str, Tensor](), 0
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 

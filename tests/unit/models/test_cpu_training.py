@@ -191,7 +191,7 @@ def test_bfloat16_errs_no_more_than_torchs_attention(tiny_t5: Callable[..., Load
 
 def _llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, attention_dropout=0.3))
 
 
