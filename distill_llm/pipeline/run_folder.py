@@ -11,7 +11,6 @@ import yaml
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, storage, write_text
-from distill_llm.rationales.spec import MANNER
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 
@@ -21,7 +20,6 @@ _FREE = (
     "train.workers",
     "train.report_to",
     "train.keep_checkpoints",
-    *(f"rationales.{name}" for name in MANNER),
 )
 """Keys that no finished training depends on."""
 
@@ -52,6 +50,13 @@ class RunFolder:
     def ledgers(self) -> list[Path]:
         return sorted(self.rationale_folder.glob("ledger*.json"))
 
+    def dropped(self, process: int = 0) -> Path:
+        """Which of several teachers a process asks no more, and why."""
+        return self.rationale_folder / (f"dropped.{process}.json" if process else "dropped.json")
+
+    def all_dropped(self) -> list[Path]:
+        return sorted(self.rationale_folder.glob("dropped*.json"))
+
     def rationales(self, split: str) -> Path:
         return self.rationale_folder / f"{split}.parquet"
 
@@ -75,6 +80,11 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
+
+    @property
+    def lacking(self) -> Path:
+        """Teachers of soft labels that its ensembles do without, and why."""
+        return self.root / "lacking_teachers.json"
 
     def signals(self, teacher: str) -> Path:
         """Where the signals of a cached teacher lie, unless it names another folder."""
@@ -146,11 +156,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFold
 def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
     before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
     now = dict(_flat(recipe.model_dump(mode="json")))
-    free = (
-        _FREE + tuple(f"rationales.teacher.{name}" for name in recipe.rationales.teacher.manner)
-        if recipe.rationales
-        else _FREE
-    )
+    free = _FREE + (recipe.rationales.manner if recipe.rationales else ())
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(free)
     )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +23,12 @@ from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
 from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.standing import warnings_of
 from distill_llm.pipeline.trial import max_new_tokens, student_view
+from distill_llm.rationales.dataset import read_rows
+from distill_llm.rationales.members import describe_dropped, own_votes
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.teachers.base import TeacherFacts
 
 TEACHER = "teacher"
 
@@ -42,7 +47,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
     check_test_labels(material.splits)
     results: dict[str, tuple[Facts, list[bool]]] = {}
     if material.test_answers:
-        results[TEACHER] = _score_teacher(recipe, material, run)
+        results |= _score_teachers(recipe, material, run)
     for arm in sorted(arms, key=lambda name: (name != STUDENT, name)):
         results[arm.replace("_", " ")] = _score_arm(recipe, material, run, arm, progress)
     scorecard = build_scorecard(
@@ -61,24 +66,37 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
     return scorecard
 
 
-def _score_teacher(recipe: Recipe, material: Material, run: RunFolder) -> tuple[Facts, list[bool]]:
-    """The teacher's voted label on each test example; one that states none is wrong."""
+def _score_teachers(recipe: Recipe, material: Material, run: RunFolder) -> dict[str, tuple[Facts, list[bool]]]:
+    """The voted label on each test example; one that states none is wrong. Of several teachers each by itself too."""
     assert recipe.rationales is not None
-    teacher = recipe.rationales.teacher
-    known = teacher.describe()
-    right = []
-    for example in material.splits.test:
-        said = material.test_answers[example.id].label
-        right.append(said is not None and recipe.task.same(said, example.label or ""))
-    speed = run.completions_per_second("test") if teacher.computes else None
-    facts = Facts(
+    spec = recipe.rationales
+    voices = [voice for voice in spec.voices if voice.votes]
+    voted = {id: answer.label for id, answer in material.test_answers.items()}
+    samples = sum(voice.samples for voice in voices)
+    speed = run.completions_per_second("test") if any(voice.teacher.computes for voice in voices) else None
+    facts = _teacher_facts(spec.teacher.describe(), samples, speed)
+    results = {TEACHER: (facts, _right(recipe, material, voted))}
+    for voice in voices if spec.teacher.members() else ():
+        votes = own_votes(read_rows(run.rationales("test")), voice.name, recipe.task)
+        if len(votes) == len(material.splits.test):
+            alone = _teacher_facts(voice.describe(), voice.samples, None)
+            results[f"teacher {voice.name}"] = (alone, _right(recipe, material, votes))
+    return results
+
+
+def _right(recipe: Recipe, material: Material, said: Mapping[str, str | None]) -> list[bool]:
+    labels = [(said[example.id], example.label or "") for example in material.splits.test]
+    return [label is not None and recipe.task.same(label, gold) for label, gold in labels]
+
+
+def _teacher_facts(known: TeacherFacts, samples: int, speed: float | None) -> Facts:
+    return Facts(
         role="teacher",
-        description=f"{known.name}, completions an example: {recipe.rationales.samples}",
+        description=f"{known.name}, completions an example: {samples}",
         parameters=known.parameters,
         bytes=known.num_bytes,
-        examples_per_second=speed / recipe.rationales.samples if speed else None,
+        examples_per_second=speed / samples if speed else None,
     )
-    return facts, right
 
 
 def _score_arm(
@@ -137,6 +155,9 @@ def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
     missing = [name for name in recipe.evaluate.controls if name not in run.trained_arms()]
     if missing:
         notes.append(f"Controls that are not trained yet: {', '.join(missing)}; `distill-llm run` trains them.")
+    funnel = read_json(run.funnel) if recipe.rationales is not None and run.funnel.exists() else {}
+    notes += describe_dropped({split: counts.get("teachers", {}) for split, counts in funnel.items()})
+    notes += warnings_of(read_json(run.lacking)) if run.lacking.exists() else []
     if recipe.train.workers > 1:
         notes.append(f"Up to {recipe.train.workers} trainings ran side by side, each on one thread.")
     return notes

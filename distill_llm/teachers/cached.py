@@ -96,6 +96,7 @@ class Cached(TensorTeacherSpec):
 
     manner: ClassVar[frozenset[str]] = frozenset({"folder", "shard_megabytes"})
     asked_once: ClassVar[bool] = True
+    instead_of_mixing: ClassVar[str] = "Let the cache be of the ensemble, or keep `payload: {kind: last_hidden}`"
     kind: Literal["cached"] = "cached"
     has_layers: ClassVar[bool] = False
     of: str = Field(min_length=1, description="name of another teacher of the recipe")

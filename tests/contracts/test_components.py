@@ -48,6 +48,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "max_rationale_tokens": {"tokens": 2},
     "openai_compatible": {"model": "m"},
     "replay": {"files": {"train": "texts.json"}},
+    "several": {"of": {"one": {"teacher": {"kind": "gold"}}}},
     "transformers": {"model": "a/b"},
     "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
