@@ -24,6 +24,7 @@ from distill_llm.pipeline.rationale_stage import Material, check, read_material,
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.standing import failing_teachers, warnings_of, without
 from distill_llm.pipeline.student_stage import check_chat, training_text
+from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.trial import open_teachers, student_view
 from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
@@ -85,7 +86,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         diagnosis.note("ok", "recipe", "files, models, tokenizers and teachers that it names can be had")
         recipe = _without_those_that_fail(recipe, splits, diagnosis)
         _licences(recipe, diagnosis)
-        material = _material(recipe, splits, diagnosis)
+        material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
         check_chat(recipe, tokenizer)

@@ -18,6 +18,7 @@ from distill_llm.pipeline.publish import write_card
 from distill_llm.pipeline.rationale_checks import check_teacher, without_exemplars
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.standing import failing_teachers, without
+from distill_llm.pipeline.transfer import check_transfer
 from distill_llm.pipeline.views import check_views, view_prompters
 from distill_llm.rationales.dataset import Funnel, judge, make_rows, read_rows, row_writer, teacher_answers
 from distill_llm.rationales.generate import Asker, Speaker
@@ -61,6 +62,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
     training needs is left out: the machine that asks need not be the one that trains.
     """
     splits = load_examples(recipe)
+    _check_labels(recipe, splits)
     votes_validate = recipe.label_from != "gold"
     if recipe.train.tune and not votes_validate and all(example.label is None for example in splits.validation):
         raise ConfigError(
@@ -79,6 +81,25 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
 
         check_reporters(recipe.train)
     return splits
+
+
+def _check_labels(recipe: Recipe, splits: Splits) -> None:
+    """Raises where labels that the recipe names, or chooses among, are not there."""
+    from distill_llm.evaluation.likelihood import check_closed
+
+    check_transfer(recipe, splits)
+    if recipe.evaluate.by == "likelihood":
+        for split in ("validation", "test"):
+            check_closed(getattr(splits, split), split, tuple(recipe.evaluate.label_bias))
+    fitted = [label for label, bias in recipe.evaluate.label_bias.items() if bias == "fit"]
+    for label in fitted:
+        if not any(
+            example.label is not None and recipe.task.same(example.label, label) for example in splits.validation
+        ):
+            raise ConfigError(
+                f"evaluate.label_bias.{label}: it is fitted on validation, where no example has this label. Give a "
+                "number, or validation data with the label."
+            )
 
 
 def wanted_splits(recipe: Recipe, splits: Splits) -> dict[str, Sequence[Example]]:

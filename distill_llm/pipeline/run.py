@@ -15,6 +15,7 @@ from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.pipeline.standing import settled
+from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
 
@@ -58,6 +59,7 @@ def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheR
     main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
     run, material = _claim_with_material(recipe)
     recipe = settled(recipe, run, progress)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
     captures = _write_captures(recipe, plan, material, run)
     return [*write_caches(recipe, plan.rows.rows, run, progress), *captures]
@@ -87,6 +89,7 @@ def student_trainer(recipe: Recipe) -> DistillTrainer:
     quiet_libraries()
     run, material = _claim_with_material(recipe)
     recipe = settled(recipe, run, SILENT)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
     require_caches(recipe, plan.rows.rows, run)
     _write_captures(recipe, plan, material, run)
@@ -131,6 +134,10 @@ def _train(
     from distill_llm.pipeline.cache_stage import require_caches, write_caches
     from distill_llm.pipeline.student_stage import make_plan, train_arms
 
+    everything, material = material, transferred(recipe, material)
+    if recipe.transfer is not None:
+        there, left = len(everything.splits.train), len(material.splits.train)
+        progress.say(f"transfer: the student sees {left:,} of {there:,} training examples")
     plan = make_plan(recipe, material, run)
     rows = plan.rows
     counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())

@@ -189,6 +189,7 @@ ANSWERS: dict[str, list[tuple[Example, str]]] = {
     "anli": [(NLI, label) for label in NLI.choices],
     "esnli": [(NLI, label) for label in NLI.choices],
     "cqa": [(CITY, label) for label in CITY.choices],
+    "bill": [(Example("1", "how dear ?", "how dear ?", choices=("low", "fair")), label) for label in ("low", "fair")],
     "gsm8k": [(Example("1", "How many?", "How many?"), label) for label in ("72", "1234.5", "-3", "0", "1000000")],
     "jsonl": [(Example("1", "What?", "What?"), "red car"), *((CITY, label) for label in CITY.choices)],
     "shop": [(Example("1", "who ?", "who ?", choices=("ann", "bob")), label) for label in ("ann", "bob")],
