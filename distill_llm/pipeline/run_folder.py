@@ -157,6 +157,7 @@ def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
     before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
     now = dict(_flat(recipe.model_dump(mode="json")))
     free = _FREE + (recipe.rationales.manner if recipe.rationales else ())
+    free += tuple(f"teachers.{name}.{key}" for name, one in recipe.teachers.items() for key in sorted(one.manner))
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(free)
     )
