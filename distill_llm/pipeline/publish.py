@@ -104,7 +104,7 @@ def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> Ration
         tokens_out=spent["tokens_out"],
         cost=spent["cost"],
         currency=spent["currency"] or "",
-        members=_members(spec, funnel, report.get("teachers", {})),
+        members=_members(recipe, spec, funnel, report.get("teachers", {})),
     )
 
 
@@ -114,7 +114,7 @@ def _public_name(name: str) -> str:
 
 
 def _members(
-    spec: RationaleSpec, funnel: Mapping[str, Any], spent: Mapping[str, Mapping[str, Any]]
+    recipe: Recipe, spec: RationaleSpec, funnel: Mapping[str, Any], spent: Mapping[str, Mapping[str, Any]]
 ) -> list[MemberFacts]:
     found = []
     for voice in spec.voices if spec.teacher.members() else ():
@@ -126,7 +126,7 @@ def _members(
                 voice.name,
                 _public_name(facts.name),
                 facts.revision,
-                facts.licence,
+                facts.licence if voice.votes else type(recipe.task).licence,
                 voice.samples,
                 make_prompter(voice.prompt, where=voice.prompt_where).fingerprint,
                 **sums,

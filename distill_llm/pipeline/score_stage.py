@@ -197,10 +197,10 @@ def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
     notes += describe_dropped({split: counts.get("teachers", {}) for split, counts in funnel.items()})
     notes += warnings_of(read_json(run.lacking)) if run.lacking.exists() else []
     if recipe.transfer is not None:
-        which, these = ("with only", "others") if recipe.transfer.only else ("without", "same")
+        which, these = ("with only", "any other label") if recipe.transfer.only else ("without", "them")
         notes.append(
             f"Transfer set {which} the labels {', '.join(recipe.transfer.named)}: students and controls saw no example "
-            f"of the {these} in training, and validation chose by none."
+            f"of {these} in training, and validation chose by none."
         )
     if recipe.train.workers > 1:
         notes.append(f"Up to {recipe.train.workers} trainings ran side by side, each on one thread.")
