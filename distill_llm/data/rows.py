@@ -104,13 +104,18 @@ class RowSet:
         return dict(Counter(row.target for row in self.rows))
 
 
+def learned_label(example: Example, answer: TeacherAnswer | None, label_from: LabelSource) -> str | None:
+    """The label that the student learns: gold, or the teacher's vote; None where there is none."""
+    voted = answer.label if answer is not None else None
+    gold_first = label_from == "gold_else_teacher" and example.label is not None
+    return example.label if label_from == "gold" or gold_first else voted
+
+
 def target_texts(
     example: Example, answer: TeacherAnswer | None, target: Target, *, task: Task, label_from: LabelSource
 ) -> list[str]:
     """What the student should write for ``target``: one text a label, one a kept rationale, none where unknown."""
-    voted = answer.label if answer is not None else None
-    gold_first = label_from == "gold_else_teacher" and example.label is not None
-    label = example.label if label_from == "gold" or gold_first else voted
+    label = learned_label(example, answer, label_from)
     rationales = answer.rationales if answer is not None else ()
     if target == "rationale":
         return list(rationales)

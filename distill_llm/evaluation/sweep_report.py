@@ -67,7 +67,7 @@ class Scored(_Record):
     """A model on test, seed by seed; differences are the chosen student's accuracy minus its own."""
 
     name: str
-    role: Literal["teacher", "student", "control"]
+    role: Role
     accuracies: tuple[float, ...]
     mean: float
     deviation: float | None

@@ -19,9 +19,11 @@ from distill_llm.teachers.base import DeepTeacher, StudentFacts
 from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
-    from distill_llm.core.example import Example
+    from distill_llm.core.example import Example, Target
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.evaluation.likelihood import LabelScores
+    from distill_llm.evaluation.predict import Predictions
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
@@ -164,6 +166,32 @@ def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective:
     add_heads(student, widths)
 
 
+def answers(
+    recipe: Recipe,
+    model: Any,
+    view: StudentView,
+    examples: Sequence[Example],
+    target: Target,
+    *,
+    progress: Progress,
+    name: str,
+) -> tuple[Predictions, LabelScores | None]:
+    """What the model answers, as the recipe asks: written, or, of labels, the likeliest, then with their scores."""
+    from distill_llm.evaluation.likelihood import score_labels
+    from distill_llm.evaluation.predict import predict
+
+    settings: dict[str, Any] = {
+        "batch_rows": recipe.evaluate.batch_rows,
+        "progress": progress,
+        "name": name,
+    }
+    if recipe.evaluate.by == "likelihood" and target == "label":
+        scores = score_labels(model, view, examples, **settings)
+        return scores.predictions(recipe.task), scores
+    most = max_new_tokens(recipe)
+    return predict(model, view, examples, task=recipe.task, target=target, max_new_tokens=most, **settings), None
+
+
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
     """The task's accuracy on the labelled validation examples, None without any; every rank scores its share."""
     labelled = [example for example in trial.validation if example.label is not None]
@@ -171,7 +199,6 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
         return None
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT
-    from distill_llm.evaluation.predict import predict
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
 
@@ -179,17 +206,8 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
         part = my_share(labelled)
         right = 0
         if part:
-            predictions = predict(
-                model,
-                view,
-                part,
-                task=trial.recipe.task,
-                target=trial.arm.evaluate_target,
-                batch_rows=trial.recipe.evaluate.batch_rows,
-                max_new_tokens=max_new_tokens(trial.recipe),
-                progress=SILENT,
-                name="validation",
-            )
+            target = trial.arm.evaluate_target
+            predictions, _ = answers(trial.recipe, model, view, part, target, progress=SILENT, name="validation")
             right = sum(bool(one.correct) for one in predictions.items)
         right, asked = summed(right, len(part))
         return {"accuracy": right / max(asked, 1)}

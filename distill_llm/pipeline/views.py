@@ -16,9 +16,10 @@ from distill_llm.data.rows import Row, RowView
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, context_tokens
 from distill_llm.models.prompt_tokens import prompt_ids
-from distill_llm.rationales.prompts import Prompter, PromptSpec, hinted, make_prompter
+from distill_llm.rationales.prompts import Prompter, hinted, make_prompter
 from distill_llm.tasks.wording import bare_question
 from distill_llm.teachers.base import Prompt, with_members
+from distill_llm.teachers.prompt import PromptSpec
 from distill_llm.teachers.view import PLACES, Reader, TeacherView
 
 if TYPE_CHECKING:

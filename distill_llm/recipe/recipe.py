@@ -14,6 +14,7 @@ from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
+from distill_llm.recipe.transfer import TransferSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.schemes.stages import Sections, Stage, check_stages
 from distill_llm.schemes.step_by_step import StepByStep
@@ -38,6 +39,9 @@ class Recipe(Component):
     rationales: RationaleSpec | None = Field(default=None, description="absent: labels only, from the data")
     label_from: LabelSource = Field(
         default="gold", description="whose labels the student learns; gold_else_teacher: votes where the data has none"
+    )
+    transfer: TransferSpec | None = Field(
+        default=None, description="classes that the student never sees examples of; absent: it sees all"
     )
     student: StudentSpec
     teachers: dict[str, AnyTensorTeacher] = Field(default_factory=dict, description="teachers of soft labels, by name")
