@@ -49,7 +49,8 @@ def plan_arms(
 
     The control with the same compute gets as many steps as the student's cost pays for, where a row costs
     6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher parameters * the tokens
-    that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1). One that is cached runs once a row, not
+    that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1), and 2 * student parameters * its tokens
+    for each time that the scheme has the student read it besides. One that is cached runs once a row, not
     once a pass.
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
@@ -112,7 +113,8 @@ def _row_cost(
         for term in terms:
             if term.teacher is not None and row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
-        total += 6 * student_parameters * row.num_tokens
+        passes_of_student = 6 + 2 * recipe.scheme.extra_passes(terms, row.target)
+        total += passes_of_student * student_parameters * row.num_tokens
         for name, share in asked.items():
             for one, part in _runs(recipe, name, share, passes):
                 total += part * 2 * teacher_parameters[one] * row.tokens_for(one)

@@ -73,6 +73,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
         teacher.check()
     check_views(recipe, splits.train)
     check_student(recipe.student)
+    recipe.scheme.check(recipe)
     if recipe.train.report_to:
         from distill_llm.training.arguments import check_reporters
 

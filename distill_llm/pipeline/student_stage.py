@@ -17,7 +17,7 @@ from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
-from distill_llm.pipeline.views import is_asked, make_viewers
+from distill_llm.pipeline.views import check_room, is_asked, make_viewers
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
 
@@ -47,6 +47,7 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         label_from=recipe.label_from,
         viewers=make_viewers(recipe, student, view),
     )
+    check_room(recipe, rows.rows, student)
     size = student.num_parameters
     sizes = {name: teacher.num_parameters(size) for name, teacher in recipe.teachers.items() if is_asked(recipe, name)}
     return Plan(plan_arms(recipe, rows.rows, student_parameters=size, teacher_parameters=sizes), rows)

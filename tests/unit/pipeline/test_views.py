@@ -147,5 +147,5 @@ def test_a_teacher_that_nobody_asks_is_not_read_for(recipe: Callable[..., Recipe
 def test_who_is_told_what_it_is_asked(recipe: Callable[..., Recipe]) -> None:
     both = "objective.soft.targets=[label, rationale]"
     assert repeaters(recipe(gold_label=True)) == []
-    assert repeaters(recipe(both, gold_label=True)) == ["big"]
+    assert repeaters(recipe(both, gold_label=True)) == [("big", "label")]
     assert repeaters(recipe(both)) == []
