@@ -107,6 +107,10 @@ class OnPolicy(Scheme):
 
             check_installed(recipe)
 
+    def hands_over(self, terms: Sequence[Term]) -> bool:
+        """Whether TRL trains on these terms: those of an arm without a teacher are left to our trainer."""
+        return self.engine == "trl" and any(term.teacher is not None for term in terms)
+
     def extra_passes(self, terms: Sequence[Term], target: Target) -> float:
         """Writing reads each token once, with what it read before in a cache."""
         asked = [term.until for term in terms if term.teacher is not None and target in term.targets]
