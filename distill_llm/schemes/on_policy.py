@@ -134,8 +134,9 @@ class OnPolicy(Scheme):
         return self.draw == "row" or _number(f"{moment.seed} step {moment.step}") < share
 
     def _rewritten(self, batch: Batch, model: Any, share: float, moment: Moment) -> Batch:
+        keys = batch["keys"].tolist()
         chosen = self._taught(batch, moment).nonzero().flatten().tolist()
-        names = {place: f"{moment.seed} step {moment.step} row {batch['keys'][place].item()}" for place in chosen}
+        names = {place: f"{moment.seed} step {moment.step} row {keys[place]}" for place in chosen}
         if self.draw == "row":
             names = {place: name for place, name in names.items() if _number(f"{name} drawn") < share}
         if not names:
