@@ -86,15 +86,15 @@ class OnPolicy(Scheme):
             raise ValueError("scheme.vllm: it writes for engine: trl alone. Set that, or remove `vllm`")
         if self.student_fraction == 0 and self.engine != "trl":
             return
-        asked = {name: set(term.targets) for term in recipe.objective if (name := term.teacher) is not None}
-        written = {target for targets in asked.values() for target in targets if self._may_write(target)}
+        judged = [term for term in recipe.objective if term.teacher is not None]
+        written = {target for term in judged for target in term.targets if self._may_write(target)}
         if not written:
             raise ValueError(
                 f"scheme: no term asks a teacher about {list(self.targets) or 'any target'}, so that nobody says what "
                 "the student's own texts are worth. Add a term with a `teacher`, or take kind: step_by_step"
             )
-        for term in recipe.objective:
-            if term.teacher is not None and written & set(term.targets):
+        for term in judged:
+            if written & set(term.targets):
                 _check_teacher(recipe.teachers, term)
         if self.engine == "trl":
             from distill_llm.schemes.trl_checks import check_for_trl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,6 +58,10 @@ def _recipe(*overrides: str) -> Recipe:
              "objective.soft.teacher=foreign", "teachers.pair.of=[big, own]"),
             "a tokenizer of its own, whose tokens are laid beside",
         ),
+        (("objective.label={name: more, loss: {kind: forward_kl}, targets: [label], teacher: disk}",
+          "objective.rationale={name: other, loss: {kind: reverse_kl}, targets: [rationale], teacher: disk}",
+          "teachers.disk.payload={kind: last_hidden}", "scheme.targets=[label]"),
+         "'disk': what it says of the data's texts"),
         (("scheme.targets=[label]",), r"no term asks a teacher about \['label'\]"),
         (("objective.soft={name: soft, loss: {kind: cross_entropy}, targets: [label]}",), "no term asks a teacher"),
         (("scheme.vllm={}",), "it writes for engine: trl alone"),
@@ -117,14 +122,15 @@ def test_trl_knows_one_term() -> None:
 
 @pytest.mark.parametrize("package", ["trl", "vllm"])
 def test_a_package_that_is_not_there_is_named_with_its_command(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"trl", "vllm"} - {package}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
+    find = importlib.util.find_spec
+    packages = {"trl": "there", "vllm": "there"} | {package: None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: packages[name] if name in packages else find(name))
     with pytest.raises(ConfigError, match=rf"pip install 'distill-llm\[{package}\]'"):
         (recipe := _recipe(*TRL, "scheme.vllm={}")).scheme.check(recipe)
 
 
 def test_trl_is_for_decoder_only_students(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("distill_llm.schemes.trl_checks.need", lambda *_, **__: None)
     (recipe := _recipe(*TRL)).scheme.check(recipe)
     with pytest.raises(ConfigError, match="trains decoder-only students, and this is an encoder-decoder"):
         (recipe := _recipe(*TRL, "student.config.model_type=t5")).scheme.check(recipe)
