@@ -26,7 +26,7 @@ from distill_llm.pipeline.standing import failing_teachers, warnings_of, without
 from distill_llm.pipeline.student_stage import check_chat, training_text
 from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.trial import open_teachers, student_view
-from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
+from distill_llm.pipeline.views import TeacherViewer, check_room, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
         viewers = make_viewers(recipe, student, view)
         rows = _rows(recipe, material, view, viewers)
+        check_room(recipe, rows.rows, student)
         _views(recipe, rows, viewers, diagnosis)
         _cuts(recipe, rows, diagnosis)
         with TemporaryDirectory() as folder:
@@ -169,11 +170,11 @@ def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], d
         text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
         end = text if len(text) <= _END_OF_PROMPT else f"... {text[-_END_OF_PROMPT:]}"
         diagnosis.note("ok", f"view of {name}", f"of one row: {end}")
-    for name in repeaters(recipe):
+    for name, target in repeaters(recipe):
         diagnosis.note(
             "warning",
             f"view of {name}",
-            "it is told the gold label and asked for it: on the target label it can only repeat it, which "
+            f"it is told the {target} and asked for it: on the target {target} it can only repeat it, which "
             "cross_entropy does for nothing",
         )
 

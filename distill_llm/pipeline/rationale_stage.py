@@ -82,6 +82,7 @@ def check_training(recipe: Recipe, splits: Splits) -> None:
     """Finds what only training needs: the student, teachers of signals, and what they read."""
     check_views(without(recipe, failing_teachers(recipe)), splits.train)
     _check_students(recipe)
+    recipe.scheme.check(recipe)
     if recipe.train.report_to:
         from distill_llm.training.arguments import check_reporters
 

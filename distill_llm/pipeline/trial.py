@@ -15,7 +15,9 @@ from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.on_policy import OnPolicy
 from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.teachers.frozen import Frozen
 from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from distill_llm.data.rows import Row
     from distill_llm.evaluation.likelihood import LabelScores
     from distill_llm.evaluation.predict import Predictions
+    from distill_llm.recipe.train import TrainSpec
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
@@ -73,11 +76,14 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     set_seed(recipe.training_seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
+    spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
+    if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
+        return _make_trl_trainer(trial, recipe.scheme, student, spec)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
         trial.rows,
-        spec=recipe.train.model_copy(update={"learning_rate": trial.learning_rate}),
+        spec=spec,
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
@@ -85,6 +91,27 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.training_seed,
+    )
+
+
+def _make_trl_trainer(trial: Trial, scheme: OnPolicy, student: LoadedModel, spec: TrainSpec) -> Any:
+    """Trainer and fit know each other by transformers.Trainer alone."""
+    from distill_llm.training.trl import make_trl_trainer
+
+    (term,) = trial.arm.terms
+    teacher = trial.recipe.teachers[term.teacher or ""]
+    assert isinstance(teacher, Frozen), "the recipe was checked"
+    return make_trl_trainer(
+        student,
+        trial.rows,
+        spec=spec,
+        max_steps=trial.arm.max_steps,
+        scheme=scheme,
+        term=term,
+        teacher=teacher.load(_facts(student))[0],
+        validate=_validator(trial, student),
+        folder=trial.folder,
+        seed=trial.recipe.training_seed,
     )
 
 

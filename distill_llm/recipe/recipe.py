@@ -96,6 +96,9 @@ class Recipe(Component):
     def _sections_agree(self) -> Recipe:
         asked = self.rationales
         for name, teacher in self.teachers.items():
+            view = teacher.own_view()
+            if view is not None and view.rationale and asked is None:
+                raise ValueError(f"teachers.{name}.view.rationale: the recipe has no `rationales` section to tell from")
             try:
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
@@ -122,12 +125,16 @@ class Recipe(Component):
             )
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
+        self._scheme_fits()
+        self._ablations_exist()
+        return self
+
+    def _scheme_fits(self) -> None:
         try:
             check_stages(self.stages, self._sections)
         except ValueError as error:
             raise ValueError(f"scheme: {error}") from None
-        self._ablations_exist()
-        return self
+        self.scheme.check_recipe(self)
 
     def _teacher_fits(self, term: Term) -> None:
         if term.teacher is None:
