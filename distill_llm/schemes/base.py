@@ -27,6 +27,13 @@ Comparison = tuple[Signals | LazySignals, Mapping[str, Taught]]
 class Scheme(Component):
     """Base of all schemes. A new hook belongs here only with a default that suits every other scheme."""
 
+    def resolved(self, sections: Sections) -> Scheme:
+        """With all that configs of models decide, such as sizes between two of them; reads no weights.
+
+        Called before anything is checked or written. Raises ConfigError where a config cannot be had.
+        """
+        return self
+
     def stages(self, sections: Sections) -> tuple[Stage, ...]:
         """The trainings of a recipe, each after those that it needs; the student's is the last.
 

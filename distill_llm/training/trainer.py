@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -68,7 +69,8 @@ class DistillTrainer(Trainer):
         self._now, self.validate = objective.at(0.0), validate
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._means, self._means_steps = dict[str, Tensor](), 0
+        self._means = dict[str, Tensor]()
+        self._steps_of = Counter[str]()  # by term: one may be left out of a step
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -88,7 +90,7 @@ class DistillTrainer(Trainer):
         batches = self.scheme.prepare(batches, self.model)
         step = self.state.global_step
         self._now = self.scheme.at_step(self.objective.at(step / max(1, self.args.max_steps)), step, self.args.seed)
-        self._means_steps += 1
+        self._steps_of.update(term.name for term in self._now.terms)
         counts = self._counts(batches)
         if self._diagnostics is not None:
             self._watch = self._diagnostics.begin(self._now.terms, counts, closely=self._logs_this_step())
@@ -127,9 +129,10 @@ class DistillTrainer(Trainer):
         """Adds each term's mean since the last training log, and the diagnostics."""
         if "loss" in logs and self._means:
             summed = self._over_ranks(torch.stack(list(self._means.values())))
-            for name, value in zip(self._means, (summed / max(self._means_steps, 1)).tolist(), strict=True):
-                logs[f"loss_{name}"] = value
-            self._means, self._means_steps = {}, 0
+            for name, value in zip(self._means, summed.tolist(), strict=True):
+                logs[f"loss_{name}"] = value / max(self._steps_of[name], 1)
+            self._means = {}
+            self._steps_of.clear()
             if self._diagnostics is not None:
                 logs |= self._diagnostics.values(self._over_ranks)
                 self._watch = None
