@@ -65,6 +65,7 @@ _IN_ORDER = (
     ("distill_llm.data.collate", ()),
     ("distill_llm.schemes.stages", ()),
     ("distill_llm.schemes.base", ()),
+    ("distill_llm.schemes.step_by_step", ()),
     ("distill_llm.schemes", ()),
 )
 

@@ -210,6 +210,7 @@ def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tup
 
 
 def _show(card: Scorecard, folder: Path) -> None:
+    from distill_llm.evaluation.avalanche import in_words, to_avalanche_table
     from distill_llm.evaluation.scorecard import to_comparison_table, to_table
 
     console = _console()
@@ -218,6 +219,10 @@ def _show(card: Scorecard, folder: Path) -> None:
     if card.comparisons:
         console.print()
         console.print(to_comparison_table(card))
+    if card.avalanche is not None:
+        console.print()
+        console.print(to_avalanche_table(card.avalanche))
+        console.print(in_words(card.avalanche), highlight=False)
     console.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
     console.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
     console.print(f"The student: {folder / 'models' / 'student' / 'model'}", highlight=False)

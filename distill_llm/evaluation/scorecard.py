@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_llm.core.errors import ConfigError, DataError, StorageError
 from distill_llm.core.files import read_json, write_json, write_text
+from distill_llm.evaluation.avalanche import Avalanche, to_avalanche_markdown
 from distill_llm.evaluation.statistics import RESAMPLED_FROM, accuracy_interval, mcnemar_exact, paired_difference
 from distill_llm.evaluation.text_tables import (
     markdown_table,
@@ -105,6 +106,7 @@ class Scorecard(_Record):
     comparisons: tuple[Comparison, ...]
     teacher_retention: float | None = Field(description="student accuracy / accuracy of the strongest teacher")
     size_ratio: float | None = Field(description="parameters of that teacher / parameters of the student")
+    avalanche: Avalanche | None = Field(default=None, description="of a run with several stages")
     verdict: str
     notes: tuple[str, ...]
     versions: dict[str, str]
@@ -124,6 +126,7 @@ def build_scorecard(
     seed: int,
     split: str = "test",
     notes: Sequence[str] = (),
+    avalanche: Avalanche | None = None,
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Scorecard:
@@ -153,6 +156,7 @@ def build_scorecard(
         comparisons=tuple(comparisons),
         teacher_retention=_retention(main, teacher),
         size_ratio=_size_ratio(main, teacher),
+        avalanche=avalanche,
         verdict=verdict(student, entries, comparisons, split=split),
         notes=(*notes, _interval_note(resamples, confidence), ONE_RUN_NOTE),
         versions=dict(versions),
@@ -217,6 +221,8 @@ def to_markdown(scorecard: Scorecard) -> str:
     if scorecard.comparisons:
         rows = map(_comparison_row, scorecard.comparisons)
         parts += ["## Comparisons", markdown_table(_comparison_header(scorecard), rows, numbers_from=1)]
+    if scorecard.avalanche is not None:
+        parts += ["## Error avalanche", to_avalanche_markdown(scorecard.avalanche)]
     versions = ", ".join(f"{name} {version}" for name, version in scorecard.versions.items())
     made = f"Made on {scorecard.created.isoformat()} with {versions}, on {scorecard.hardware}."
     parts += ["## Notes", "\n".join(f"- {note}" for note in (*scorecard.notes, made))]

@@ -29,7 +29,8 @@ class FeatureLoss(TermLoss):
     layers: Literal["last", "uniform", "lower_half"] | tuple[Pair, ...] = Field(
         default="last",
         description="last: the two last ones; uniform: every layer of the student, its depth in proportion; "
-        "lower_half: likewise, up to the student's middle; or pairs [student, teacher], counted from 1, with 0 for the embeddings",
+        "lower_half: likewise, up to the student's middle; or pairs [student, teacher], counted from 1, with 0 for the "
+        "embeddings",
     )
 
     @field_validator("layers", mode="before")

@@ -46,8 +46,8 @@ class Needs:
         beside = f" and {short_bytes(self.beside)} of teachers ({', '.join(self.teachers)})" if self.teachers else ""
         return (
             f"{self.description}: {short_count(self.parameters)} parameters, {short_bytes(self.disk)} on disk; while "
-            f"it is trained, {short_bytes(self.training)} of weights, gradients and optimiser states{beside} in memory, "
-            f"and up to {short_bytes(self.checkpoints)} of checkpoints"
+            f"it is trained, {short_bytes(self.training)} of weights, gradients and optimiser states{beside} in "
+            f"memory, and up to {short_bytes(self.checkpoints)} of checkpoints"
         )
 
 
@@ -90,8 +90,8 @@ def summary_of(needs: Sequence[Needs], folder: Path) -> tuple[str, bool]:
     free = shutil.disk_usage(there).free
     room = "of" if disk <= free else "MORE THAN the"
     said = (
-        f"{len(needs)} stages, one after the other: at most {short_bytes(disk)} {room} {short_bytes(free)} that are free "
-        f"in {folder}, and {short_bytes(memory)} of memory, activations aside"
+        f"{len(needs)} stages, one after the other: at most {short_bytes(disk)} {room} {short_bytes(free)} that are "
+        f"free in {folder}, and {short_bytes(memory)} of memory, activations aside"
     )
     return said, disk <= free
 

@@ -162,7 +162,7 @@ def claim(recipe: Recipe) -> RunFolder:
         run.save_recipe(recipe)
         return run
     _refuse({key: said for key, said in changed.items() if _is_of_all(key, recipe)}, run)
-    if not any(key.startswith(_OF_ARMS) for key in changed):
+    if not changed:
         run.save_recipe(recipe)
     return run
 

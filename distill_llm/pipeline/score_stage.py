@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
-from dataclasses import asdict
 from typing import Any
 
 from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.example import Splits
-from distill_llm.core.files import read_json, write_text
+from distill_llm.core.files import read_json
 from distill_llm.core.progress import Progress
 from distill_llm.evaluation.metric import load_metric, metric_name
 from distill_llm.evaluation.predict import Predictions, predict
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
+from distill_llm.pipeline.avalanche_stage import avalanche_of, save_predictions
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import max_new_tokens, student_view
@@ -45,6 +44,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
         results[TEACHER] = _score_teacher(recipe, material, run)
     for arm in sorted(arms, key=lambda name: (name != STUDENT, name)):
         results[arm.replace("_", " ")] = _score_arm(recipe, material, run, arm, progress)
+    answers = {arm: results[arm.replace("_", " ")][1] for arm in arms}
     scorecard = build_scorecard(
         results,
         student=STUDENT,
@@ -56,6 +56,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
         seed=recipe.seed,
         resamples=recipe.evaluate.resamples,
         notes=_notes(recipe, run),
+        avalanche=avalanche_of(recipe, material.splits.test, run, answers, progress),
     )
     save_scorecard(run.root, scorecard)
     return scorecard
@@ -101,8 +102,7 @@ def _score_arm(
     )
     right = [bool(one.correct) for one in predictions.items]
     _agree_with_metric(recipe, material, predictions, right)
-    lines = [json.dumps(asdict(one), ensure_ascii=False) for one in predictions.items]
-    write_text(run.predictions(arm), "\n".join(lines) + "\n")
+    save_predictions(run, arm, predictions)
     facts = Facts(
         role=trained["role"],
         description=trained["description"],
