@@ -69,8 +69,7 @@ class DistillTrainer(Trainer):
         self._now, self.validate = objective.at(0.0), validate
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._means = dict[str, Tensor]()
-        self._steps_of = Counter[str]()  # by term: one may be left out of a step
+        self._means, self._steps_of = dict[str, Tensor](), Counter[str]()  # by term: a step may leave one out
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
