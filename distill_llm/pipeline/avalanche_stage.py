@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, write_text
 from distill_llm.evaluation.avalanche import Avalanche, measure_avalanche
 from distill_llm.evaluation.predict import Predictions, predict
@@ -73,10 +74,18 @@ class _Asked:
 
     def can_be(self, name: str, spec: TensorTeacherSpec) -> bool:
         """Says why not, where it cannot."""
-        good = isinstance(spec, Frozen) and spec.own_view() is None
-        if not good and not _is_mean(spec):
-            self.progress.say(f"error avalanche: teacher {name} does not read what the student reads, and is left out")
-        return good
+        if _is_mean(spec):
+            return False
+        why = "it does not read what the student reads"
+        if isinstance(spec, Frozen) and spec.own_view() is None:
+            try:
+                spec.check()
+            except ConfigError as error:  # it may be gone since it taught
+                why = str(error)
+            else:
+                return True
+        self.progress.say(f"error avalanche: teacher {name} is left out: {why}")
+        return False
 
     def alone(self, name: str, spec: TensorTeacherSpec) -> Right:
         model, tokenizer = self._load(name, spec)
