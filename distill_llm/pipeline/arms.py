@@ -39,6 +39,7 @@ class Arm:
     evaluate_target: Target
     after: tuple[str, ...] = ()
     scored: bool = True
+    validated: bool = True
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -62,7 +63,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Parameters of the student of each stage, and of the recipe's teachers that are run beside a student."""
+    """Parameters of the student of each stage, and of the teachers that are run beside a student.
+
+    Those of stages that teach under their own names are among ``stages``.
+    """
 
     stages: Mapping[str, int]
     teachers: Mapping[str, int]
@@ -72,7 +76,7 @@ class Sizes:
         return self.stages[STUDENT]
 
     def of_teacher(self, name: str) -> int:
-        """Of one of the recipe's teachers, or of an earlier stage that teaches under its own name."""
+        """Of a teacher, or of an earlier stage that teaches under its own name."""
         return self.teachers[name] if name in self.teachers else self.stages[name]
 
 
@@ -140,6 +144,7 @@ def _stage_arm(recipe: Recipe, stage: Stage, steps: int) -> Arm:
         evaluate_target=_asked(recipe, stage.terms),
         after=stage.after,
         scored=stage.scored,
+        validated=stage.validated,
     )
 
 

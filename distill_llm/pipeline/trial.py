@@ -220,9 +220,12 @@ def answers(
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
-    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share."""
+    """The task's accuracy on the labelled validation examples; every rank scores its share.
+
+    None without any, or where the arm is not chosen by it.
+    """
     labelled = [example for example in trial.validation if example.label is not None]
-    if not labelled:
+    if not labelled or not trial.arm.validated:
         return None
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT

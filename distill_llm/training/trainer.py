@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -70,7 +71,7 @@ class DistillTrainer(Trainer):
         self._now, self.validate, self._has_heads = objective.at(0.0), validate, bool(head_weights(model))
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._means, self._means_steps = dict[str, Tensor](), 0
+        self._means, self._steps_of = dict[str, Tensor](), Counter[str]()  # by term: a step may leave one out
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -91,7 +92,7 @@ class DistillTrainer(Trainer):
         progress = step / max(1, self.args.max_steps)
         self._now = self.scheme.at_step(self.objective.at(progress), step, self.args.seed)
         batches = self.scheme.prepare(batches, self.model, self._moment(progress))
-        self._means_steps += 1
+        self._steps_of.update(term.name for term in self._now.terms)
         counts = self._counts(batches)
         if self._diagnostics is not None:
             if self.scheme.writes:
@@ -144,9 +145,10 @@ class DistillTrainer(Trainer):
         """Adds each term's mean since the last training log, and the diagnostics."""
         if "loss" in logs and self._means:
             summed = self._over_ranks(torch.stack(list(self._means.values())))
-            for name, value in zip(self._means, (summed / max(self._means_steps, 1)).tolist(), strict=True):
-                logs[f"loss_{name}"] = value
-            self._means, self._means_steps = {}, 0
+            for name, value in zip(self._means, summed.tolist(), strict=True):
+                logs[f"loss_{name}"] = value / max(self._steps_of[name], 1)
+            self._means = {}
+            self._steps_of.clear()
             if self._diagnostics is not None:
                 logs |= self._diagnostics.values(self._over_ranks)
                 self._watch = None
