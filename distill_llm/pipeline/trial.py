@@ -71,6 +71,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     set_seed(recipe.seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
+    student = recipe.scheme.assemble(student, recipe.student, recipe.seed)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
@@ -109,9 +110,11 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
 def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
     """The live teachers that some term names, and those that they are made of; each is opened once."""
     opened: dict[str, TensorTeacher] = {}
-    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+    for name in sorted({term.teacher for term in terms if term.teacher is not None} - recipe.scheme.provides):
         open_teacher(recipe, name, student, opened)
-    _open_layers(student.model, opened, Objective(terms))
+    objective = recipe.scheme.for_learners(Objective(terms))
+    for learner, model in recipe.scheme.each(student.model):
+        _open_layers(model, opened, objective.of(learner))
     return opened
 
 
@@ -165,7 +168,10 @@ def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective:
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
-    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share."""
+    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share.
+
+    Where several learn in one training, `accuracy` is that of the one that would become the student.
+    """
     labelled = [example for example in trial.validation if example.label is not None]
     if not labelled:
         return None
@@ -174,8 +180,9 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     from distill_llm.evaluation.predict import predict
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
+    scheme = trial.recipe.scheme
 
-    def validate(model: Any) -> dict[str, float]:
+    def accuracy(model: Any) -> float:
         part = my_share(labelled)
         right = 0
         if part:
@@ -192,6 +199,11 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
             )
             right = sum(bool(one.correct) for one in predictions.items)
         right, asked = summed(right, len(part))
-        return {"accuracy": right / max(asked, 1)}
+        return right / max(asked, 1)
+
+    def validate(model: Any) -> dict[str, float]:
+        scores = {name: accuracy(one) for name, one in scheme.each(model)}
+        best = {"accuracy": scores[scheme.student_among(scores)]}
+        return best | {f"accuracy_{name}": score for name, score in scores.items() if len(scores) > 1}
 
     return validate

@@ -93,10 +93,10 @@ class Recipe(Component):
             except ValueError as error:
                 raise ValueError(f"teachers.{name}: {error}") from None
         for term in self.objective:
-            if term.teacher is not None and term.teacher not in self.teachers:
+            known = sorted({*self.teachers, *self.scheme.provides})
+            if term.teacher is not None and term.teacher not in known:
                 raise ValueError(
-                    f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(self.teachers)}. "
-                    "Add it under `teachers:`"
+                    f"objective.{term.name}.teacher: '{term.teacher}' is not one of {known}. Add it under `teachers:`"
                 )
             self._teacher_fits(term)
             if self.rationales is None and set(term.targets) != {"label"}:
@@ -115,14 +115,21 @@ class Recipe(Component):
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         try:
-            check_stages(self.stages, self._sections)
+            self._scheme_fits()
         except ValueError as error:
             raise ValueError(f"scheme: {error}") from None
         self._ablations_exist()
         return self
 
+    def _scheme_fits(self) -> None:
+        taken = sorted(self.scheme.provides & set(self.teachers))
+        if taken:
+            raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
+        check_stages(self.stages, self._sections)
+        self.scheme.check_terms(self.objective, self.teachers)
+
     def _teacher_fits(self, term: Term) -> None:
-        if term.teacher is None:
+        if term.teacher is None or term.teacher in self.scheme.provides:
             return
         teacher = self.teachers[term.teacher]
         unknown = [target for target in term.targets if target not in teacher.knows]
@@ -138,7 +145,8 @@ class Recipe(Component):
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
-        taken = (*(stage.name for stage in self.stages), "labels_same_steps", "labels_same_compute", "teacher")
+        stages = (stage.name for stage in self.stages)
+        taken = (*stages, *self.scheme.learners, "labels_same_steps", "labels_same_compute", "teacher")
         for ablation, kept in self.evaluate.ablations.items():
             unknown = set(kept) - names
             if unknown or not kept:
@@ -153,6 +161,11 @@ class Recipe(Component):
                 )
             if ablation in taken:
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")
+            try:
+                terms = [term for term in self.objective if term.name in kept]
+                self.scheme.alone().check_terms(terms, self.teachers)
+            except ValueError as error:
+                raise ValueError(f"evaluate.ablations.{ablation}: {error}") from None
 
 
 def model_folder(run: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.models.load import LoadedModel
 from distill_llm.models.packing import check_packing, gains_by_packing
+from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
@@ -34,13 +35,16 @@ from distill_llm.training.trainer import DistillTrainer, Validate
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What one training came to. ``validation_accuracy`` is the best checkpoint's, at ``best_step``; None where nothing
-    was validated, and the last step is kept."""
+    was validated, and the last step is kept. ``learner`` became the student; ``others`` learned beside it, and what is
+    said of each is its validation accuracy at the same step."""
 
     steps: int
     best_step: int
     tokens: int
     seconds: float
     validation_accuracy: float | None
+    learner: str
+    others: Mapping[str, float | None]
 
 
 def make_trainer(
@@ -95,7 +99,8 @@ def fit(
     name: str = "student",
     stop_when: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``.
+    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``; those of others that
+    learned beside it to ``folder/others``.
 
     Raises Interrupted after a signal, or when ``stop_when`` says so, with a checkpoint on disk.
     """
@@ -110,13 +115,15 @@ def fit(
         raise Interrupted(f"stopped at step {state.global_step} of {max_steps}; a checkpoint is saved.")
     seconds = clock.seconds
     with storage(folder):
-        trainer.save_model(str(folder / "model"))
+        learner, others = trainer.save_learners(folder)
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
         tokens=trainer.step_sampler.tokens_until(state.global_step),
         seconds=round(seconds, 3),
         validation_accuracy=state.best_metric,
+        learner=learner,
+        others=others,
     )
 
 
@@ -136,9 +143,11 @@ def collator_for(
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
         return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens, views=views)
-    packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
+    models = members_of(student.model)
+    packs = packing == "always" or (packing == "auto" and all(map(gains_by_packing, models)))
     if packs:
-        check_packing(student.model)
+        for model in models:
+            check_packing(model)
     return Collator(pad, None, packs=packs, views=views)
 
 

@@ -36,6 +36,8 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/core/word_sums.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
+    f"{PACKAGE}/models/peers.py",
+    f"{PACKAGE}/models/exits.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 
