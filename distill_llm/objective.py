@@ -74,7 +74,7 @@ class Term(Component):
         return self.model_copy(update={"weight": number_at(self.weight, progress), "loss": self.loss.at(progress)})
 
     def for_learner(self, name: str, factor: float = 1.0) -> Term:
-        """The same for another model that learns in the training, under a name of its own, its weight ``factor``-fold."""
+        """The same for another model that learns in the training, under another name, its weight times ``factor``."""
         if isinstance(self.weight, Schedule):
             ends = {"start": factor * self.weight.start, "end": factor * self.weight.end}
             weight: float | Schedule = self.weight.model_copy(update=ends)

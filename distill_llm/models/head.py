@@ -60,7 +60,8 @@ class OutputHead:
         self._module = self._model.get_output_embeddings()
         if self._module is None:
             raise ConfigError(f"{self._where} names no output head. {_INSTEAD}")
-        self._chunk_tokens, self._width, self._whose = chunk_tokens, width, whose
+        self._chunk_tokens: int | Literal["auto"] = chunk_tokens
+        self._width, self._whose = width, whose
         self._checked = False
         self._others: dict[int, OutputHead] = {}
 

@@ -178,7 +178,9 @@ def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> flo
             continue
         asked: dict[str, float] = {}  # each teacher's share of the training: until its last term ends
         for term in arm.terms:
-            if term.teacher in arm.teachers and row.target in term.targets:  # others are students, and in their sum
+            if term.teacher is None or term.teacher not in arm.teachers:
+                continue  # one that the scheme provides is trained, and paid for as such
+            if row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
         total += 6 * student * row.num_tokens
         for name, share in asked.items():

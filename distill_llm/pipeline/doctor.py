@@ -264,7 +264,8 @@ def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:
         return isinstance(teachers[name], MovingTeacher) or (bool(members) and all(map(moves, members)))
 
     objective = recipe.scheme.for_learners(Objective(recipe.objective))
-    return {term.name for term in objective.terms if term.teacher in teachers and moves(term.teacher)}
+    asked = {term.name: term.teacher for term in objective.terms if term.teacher is not None}
+    return {name for name, teacher in asked.items() if teacher in teachers and moves(teacher)}
 
 
 def _mixed(rows: RowSet, number: int) -> list[Any]:

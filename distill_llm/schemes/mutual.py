@@ -30,6 +30,9 @@ _FIRST = "peer_1"
 """The name of the student that the recipe's section `student` describes."""
 
 
+_TAKEN = frozenset({_FIRST, "student", "teacher", "labels_same_steps", "labels_same_compute"})
+
+
 class Peer(Component):
     """A student beside the recipe's: a model from the Hub or a folder, or a fresh one; in all else as `student`."""
 
@@ -62,11 +65,9 @@ class Mutual(Scheme):
     @field_validator("peers")
     @classmethod
     def _names_differ(cls, peers: int | tuple[Peer, ...]) -> int | tuple[Peer, ...]:
-        names = [_FIRST] if isinstance(peers, int) else [_FIRST, "student", *(peer.name for peer in peers)]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"two peers have the same name: {names[2:]}; `student` and `{_FIRST}` are taken by the recipe's own"
-            )
+        names = [] if isinstance(peers, int) else [peer.name for peer in peers]
+        if len(set(names)) < len(names) or _TAKEN & set(names):
+            raise ValueError(f"peers need names of their own, other than {sorted(_TAKEN)}, but these are {names}")
         return peers
 
     @property

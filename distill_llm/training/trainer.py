@@ -78,8 +78,8 @@ class DistillTrainer(Trainer):
         several = len(scheme.learners) > 1 or isinstance(self.model, Peers)
         if several and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
-                f"scheme: {type(scheme).model_fields['kind'].default} leaves several models, which cannot be taken apart "
-                "while FSDP or DeepSpeed share out their weights. Use plain torchrun (DDP)."
+                f"scheme: {type(scheme).model_fields['kind'].default} leaves several models, which cannot be taken "
+                "apart while FSDP or DeepSpeed share out their weights. Use plain torchrun (DDP)."
             )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
