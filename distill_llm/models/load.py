@@ -8,19 +8,18 @@ import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
 from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
+from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from distill_llm.models.spec import HubConfig, StudentSpec
-
-Bits: TypeAlias = Literal["full", "8bit", "4bit"]
+    from distill_llm.models.spec import Bits, HubConfig, StudentSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,8 @@ class LoadedModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.model.parameters())
+        """Quantized weights are counted as the weights that they stand for."""
+        return sum(size_of(weight).numel() for weight in self.model.parameters())
 
 
 def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
@@ -45,7 +45,10 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
         model = _fresh_model(spec.config, tokenizer, f"{where}.config")
         _set_attention(model, spec, where)
         return LoadedModel(model, tokenizer)
-    model = load_model(spec.model, spec.revision, where=f"{where}.model")
+    if spec.load_in == "full":
+        model = load_model(spec.model, spec.revision, where=f"{where}.model")
+    else:
+        model = _quantized_student(spec, where)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
@@ -57,6 +60,20 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
 
         model = add_lora(model, spec.lora, spec.revision)
     return LoadedModel(model, tokenizer)
+
+
+def _quantized_student(spec: StudentSpec, where: str) -> Any:
+    """What is not quantized stays in float32; 4-bit weights are computed with in bfloat16 where a GPU has it."""
+    import torch
+
+    device = choose_device("auto", where=where)
+    computes_in = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    kinds: dict[str, Any] = {"dtype": "float32", "load_in": spec.load_in, "computes_in": computes_in}
+    model = load_on(device, spec.model, spec.revision, where=f"{where}.load_in", **kinds)
+    keep_layout(model, trains=True)
+    for weight in model.parameters():
+        weight.requires_grad_(False)  # adapters learn, and nothing else
+    return model
 
 
 def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
@@ -86,6 +103,7 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
             "side. Remove `prefix_side`."
         )
+    check_bits(spec.model, spec.load_in, where=where)
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)
     return is_encoder_decoder
@@ -151,22 +169,33 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
     return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
 
 
-def load_on(device: str, source: str, revision: str, *, where: str, dtype: str, load_in: Bits = "full") -> Any:
-    """A model for inference, on a device that ``choose_device`` gave; ``load_in``: fewer bits a weight."""
+def load_on(
+    device: str,
+    source: str,
+    revision: str,
+    *,
+    where: str,
+    dtype: str,
+    load_in: Bits = "full",
+    computes_in: str = "",
+) -> Any:
+    """A model for inference, on a device that ``choose_device`` gave; ``load_in``: fewer bits a weight.
+
+    ``dtype``: of what is not quantized; ``computes_in``: of the arithmetic with 4-bit weights, if it is another.
+    """
     if load_in == "full":
         return load_model(source, revision, where=where, dtype=dtype).to(device)
-    from transformers import BitsAndBytesConfig
-
     check_bits(source, load_in, where=where)
-    if dtype == "auto":  # of what is not quantized; each is the one that its kernels compute in
-        dtype = "float16" if load_in == "8bit" else "bfloat16"
-    if load_in == "8bit":
-        bits = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    dtype = dtype_beside(load_in) if dtype == "auto" else dtype
     model_class = _auto_class(read_config(source, revision, where=where))
-    options = {"quantization_config": bits, "device_map": {"": device}, "dtype": dtype}
-    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    options = {
+        "quantization_config": bits_config(load_in, computes_in or dtype),
+        "device_map": {"": device},
+        "dtype": dtype,
+    }
+    model = _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    keep_layout(model)
+    return model
 
 
 def check_bits(source: str, load_in: Bits, *, where: str) -> None:

@@ -103,8 +103,10 @@ class Scheme(Component):
     def save(self, learner: str, model: Any, folder: Path) -> None:
         """Writes a learner that ``each`` gave as a Hugging Face folder of its own."""
         from distill_llm.models.layers import without_heads
+        from distill_llm.models.lora import save_bits
 
         model.save_pretrained(str(folder), state_dict=without_heads(model.state_dict()))
+        save_bits(model, folder)
 
     def for_learners(self, objective: Objective) -> Objective:
         """The objective with a term for each learner that has it; a term of the first keeps its name."""

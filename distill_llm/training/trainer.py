@@ -21,6 +21,7 @@ from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
 from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
+from distill_llm.models.lora import save_bits
 from distill_llm.models.peers import Peers, members_of
 from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Scheme
@@ -197,6 +198,7 @@ class DistillTrainer(Trainer):
         if head_weights(self.model):
             state_dict = without_heads(cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
+        save_bits(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
