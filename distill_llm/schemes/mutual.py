@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill_llm.core.component import Component
 from distill_llm.core.errors import ConfigError
@@ -114,7 +114,11 @@ class Mutual(Scheme):
             source = {"model": peer.model, "revision": peer.revision, "config": peer.config}
             if peer.config and student.tokenizer == "":
                 source["tokenizer"] = student.model
-            found[peer.name] = StudentSpec.model_validate(student.model_dump() | source)
+            try:
+                found[peer.name] = StudentSpec.model_validate(student.model_dump() | source)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"peer {peer.name}, in all else as `student`: {said}") from None
         return found
 
     def check(self, student: StudentSpec) -> None:

@@ -14,7 +14,7 @@ from distill_llm.core.features import Reading, all_of
 from distill_llm.core.signals import Batch, all_at_once
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.base import Comparison, Scheme, said_by_teachers, still
-from distill_llm.schemes.stages import STUDENT
+from distill_llm.schemes.stages import STUDENT, Sections, Stage
 from distill_llm.teachers.base import TensorTeacherSpec
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ class SelfDistill(Scheme):
 
     def describe(self, learner: str) -> str:
         return f"the student's decoder cut to its first {self._layers(learner)} layers"
+
+    def stages(self, sections: Sections) -> tuple[Stage, ...]:
+        if sections.student.load_in != "full":
+            raise ValueError(
+                f"an exit is saved with its adapters merged, which a base of `load_in: {sections.student.load_in}` "
+                "does not allow without a loss. Set student.load_in: full"
+            )
+        return super().stages(sections)
 
     def check_terms(self, terms: Sequence[Term], teachers: Mapping[str, TensorTeacherSpec]) -> None:
         super().check_terms(terms, teachers)

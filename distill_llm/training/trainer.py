@@ -63,10 +63,9 @@ class DistillTrainer(Trainer):
         # Trainer insists on an evaluation set; ours is behind ``validate``.
         data: Any = [] if validate else None
         super().__init__(model=model, args=args, data_collator=collator, eval_dataset=data, **options)
-        self._must_not_be_sharded(scheme)
         self.remove_callback(PrinterCallback)
         self.rows, self.step_sampler, self.collator = rows, step_sampler, collator
-        self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
+        self.scheme, self.objective, self.teachers = self._unsharded(scheme), objective, dict(teachers or {})
         self._moving = MoveTeachers(self.teachers)
         self.add_callback(self._moving)
         self._now, self.validate = scheme.for_learners(objective.at(0.0)), validate
@@ -75,13 +74,15 @@ class DistillTrainer(Trainer):
         self._means, self._means_steps = dict[str, Tensor](), 0
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 
-    def _must_not_be_sharded(self, scheme: Scheme) -> None:
+    def _unsharded(self, scheme: Scheme) -> Scheme:
+        """The scheme, if it can be had as the training is spread over processes."""
         several = len(scheme.learners) > 1 or isinstance(self.model, Peers)
         if several and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
                 f"scheme: {type(scheme).model_fields['kind'].default} leaves several models, which cannot be taken "
                 "apart while FSDP or DeepSpeed share out their weights. Use plain torchrun (DDP)."
             )
+        return scheme
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(

@@ -113,6 +113,7 @@ def test_averages_of_one_student_do_not_go_with_peers() -> None:
         ("[{name: a, config: {model_type: t5}}, {name: a, config: {model_type: t5}}]", "names of their own"),
         ("[{name: teacher, config: {model_type: t5}}]", "names of their own"),
         ("[{name: a}]", "peer a: give either `model` or `config`"),
+        ("[{name: a, config: {model_type: 7}}]", "peer a, in all else as `student`: `config` needs a `model_type`"),
         ("[{name: a, model: a/b}]", "`student.tokenizer` is trained on the spot"),
     ],
 )
@@ -124,6 +125,12 @@ def test_peers_of_two_families_are_refused_before_weights_are_loaded(tmp_path: P
     peers = "{kind: mutual, peers: [{name: other, config: {model_type: t5, d_model: 8}}]}"
     with pytest.raises(ConfigError, match=r"scheme\.peers\.other: it and the student are an encoder-decoder"):
         check(_mutual(f"run_dir={tmp_path}", scheme=peers))
+
+
+def test_exits_of_a_base_in_few_bits_are_refused() -> None:
+    lora = "student={model: a/b, lora: {rank: 2}, load_in: 4bit}"
+    _refused("an exit is saved with its adapters merged", _exits, lora)
+    _mutual(lora)
 
 
 def test_exits_are_in_order_and_before_the_last_layer(tmp_path: Path) -> None:
