@@ -18,6 +18,10 @@ LLAMA = (
     "student.config={model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, "
     "num_attention_heads: 2}"
 )
+WORDS = (
+    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
+    + " ".join(map(str, range(41)))
+)
 QUICK = ("train.max_steps=8", "train.validate_every=4", "evaluate.controls=[]", "task.test_size=16")
 
 
@@ -25,19 +29,19 @@ def _models(run: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: json.loads(path.read_text()) for path in (run / "models").glob("*/result.json")}
 
 
-def test_peers_of_two_sizes_beside_a_frozen_teacher(cli: Any, shop: str, tmp_path: Path) -> None:
+def test_peers_of_two_sizes_beside_a_frozen_teacher(cli: Any, shop: str, tmp_path: Path, save_tiny: Any) -> None:
     """Each peer is a folder of its own that plain transformers loads; the better one is the student."""
     from transformers import AutoModelForSeq2SeqLM
 
-    cli("run", shop, *QUICK, "run_dir=teacher")
+    save_tiny("t5", text=WORDS, d_model=12)
     wide = "{name: wide, config: {model_type: t5, d_model: 24, d_kv: 8, d_ff: 32, num_layers: 1, num_heads: 2}}"
     hint = "{name: hint, loss: {kind: hint}, targets: [label], teacher: big, weight: 0.1}"
     said = cli(
         "run",
         shop,
         *QUICK,
-        "student.tokenizer=teacher/tokenizer",
-        "teachers={big: {kind: frozen, model: teacher/models/student/model}}",
+        "student.tokenizer=t5",
+        "teachers={big: {kind: frozen, model: t5}}",
         f"scheme={{kind: mutual, peers: [{wide}]}}",
         "objective=[{name: label, loss: {kind: cross_entropy}, targets: [label]}, "
         "{name: rationale, loss: {kind: cross_entropy}, targets: [rationale]}, "
@@ -45,13 +49,12 @@ def test_peers_of_two_sizes_beside_a_frozen_teacher(cli: Any, shop: str, tmp_pat
         f"{hint}, "
         "{name: mutual, loss: {kind: forward_kl}, targets: [label, rationale], teacher: peers}]",
         "evaluate.ablations={apart: [label, rationale]}",
-        "evaluate.controls=[labels_same_compute]",
     ).stdout
     run = tmp_path / "runs" / "tiny"
     found = _models(run)
     chosen = found["student"]["learner"]
     other = ({"peer_1", "wide"} - {chosen}).pop()
-    assert set(found) == {"student", other, "apart", "labels_same_compute"}
+    assert set(found) == {"student", other, "apart"}
     assert found["student"]["description"].endswith(f"({chosen}, the best of 2 on validation)")
     assert (
         found[other]["description"]
@@ -64,7 +67,7 @@ def test_peers_of_two_sizes_beside_a_frozen_teacher(cli: Any, shop: str, tmp_pat
         assert model.config.d_model == widths[name]
         assert (run / "models" / arm / "model" / "tokenizer.json").is_file()
     entries = {entry.name: entry for entry in load_scorecard(run).entries}
-    assert set(entries) == {"student", other.replace("_", " "), "apart", "labels same compute"}
+    assert set(entries) == {"student", other.replace("_", " "), "apart"}
     assert entries["student"].parameters != entries[other.replace("_", " ")].parameters
     assert "test, wide: 16 of 16" in said or "test, peer 1: 16 of 16" in said
     assert not list((run / "models").rglob("others"))
@@ -75,7 +78,7 @@ def test_exits_are_models_of_their_own(family: str, cli: Any, shop: str, tmp_pat
     """Each answers from its own folder what it was scored with; an average of the student teaches beside."""
     from transformers import AutoConfig
 
-    sizes = [LLAMA] if family == "llama" else ["student.config.num_layers=2", "student.config.num_decoder_layers=3"]
+    sizes = [LLAMA] if family == "llama" else ["student.config.num_layers=3"]
     exits = [1] if family == "llama" else [1, 2]
     cli(
         "run",
@@ -127,7 +130,7 @@ def test_peers_with_adapters(cli: Any, shop: str, tmp_path: Path, save_tiny: Any
 
 
 def test_two_kinds_of_one_base_without_dropout_are_refused(cli: Any, shop: str, save_tiny: Any) -> None:
-    save_tiny("llama", text="predict explain : ann bob buys and . who pays more ?")
+    save_tiny("llama", text=WORDS)
     said = cli(
         "run",
         shop,
