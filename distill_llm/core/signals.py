@@ -132,6 +132,14 @@ class TargetSignals:
         return self.signals.said(start, stop, self.signals.hidden[start:stop])
 
 
+def all_at_once(said: LazySignals) -> Signals:
+    """The same with all logits made, in row order, as signals are that were never lazy."""
+    tokens = said.tokens
+    order = (tokens.rows * (tokens.columns.amax() + 1) + tokens.columns).argsort() if len(tokens.rows) else tokens.rows
+    whole = said.said(0, len(tokens.rows), said.hidden)
+    return replace(whole._picked(order), features=said.features)
+
+
 def aligned_labels(batch: Batch) -> Int[Tensor, "B T"]:
     """Labels as the logits see them: shifted by one for a decoder-only batch."""
     return batch["labels"] if "decoder_input_ids" in batch else batch["labels"][:, 1:]

@@ -14,6 +14,7 @@ from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.features import Look, Reading, Shape, Side
 from distill_llm.models.attention import set_attention
 from distill_llm.models.forward import forward
+from distill_llm.models.peers import Peers
 
 if TYPE_CHECKING:
     from distill_llm.core.signals import Batch
@@ -91,6 +92,16 @@ def _heads(model: Any) -> Any:
     return getattr(inner, _NAME, nn.ModuleDict())
 
 
+def _holders(model: Any) -> dict[str, Any]:
+    """Who may have heads, and what the names of their weights begin with: the student, or each of several peers."""
+    from accelerate.utils import extract_model_from_parallel
+
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    if not isinstance(inner, Peers):
+        return {"": inner}
+    return {f"peers.{number}.": peer for number, peer in enumerate(inner.peers)}
+
+
 def anchor_of(model: Any) -> Tensor | float:
     """A zero through which the heads get a gradient where no term has a token for them: DDP waits for all weights."""
     return sum((weight.sum() * 0.0 for weight in head_weights(model).values()), 0.0)
@@ -103,7 +114,11 @@ def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def head_weights(model: Any) -> dict[str, Tensor]:
     """The weights of the heads alone, by the names that ``without_heads`` leaves out."""
-    return {f"{_NAME}.{name}": weight for name, weight in _heads(model).named_parameters()}
+    return {
+        f"{begin}{_NAME}.{name}": weight
+        for begin, holder in _holders(model).items()
+        for name, weight in _heads(holder).named_parameters()
+    }
 
 
 def save_heads(model: Any, folder: Path) -> None:
@@ -125,6 +140,6 @@ def load_heads(model: Any, folder: Path) -> None:
                 weight.copy_(saved[name])
     except (FileNotFoundError, KeyError, RuntimeError) as error:
         raise StorageError(
-            f"{folder / _FILE}: this checkpoint lacks the hint heads of {sorted(heads_of(model))} ({error}). It is "
+            f"{folder / _FILE}: this checkpoint lacks the hint heads {sorted(weights)} ({error}). It is "
             "from a training with another objective: delete the folder of checkpoints and start again."
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
@@ -65,11 +65,13 @@ class Arm:
 class Sizes:
     """Parameters of the student of each stage, and of the teachers that are run beside a student.
 
-    Those of stages that teach under their own names are among ``stages``.
+    Those of stages that teach under their own names are among ``stages``. ``beside``: of what else is trained with the
+    student of a stage, such as its peers.
     """
 
     stages: Mapping[str, int]
     teachers: Mapping[str, int]
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def student(self) -> int:
@@ -175,14 +177,16 @@ def _label_term() -> Term:
 
 def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
     """Mean floating point operations of a row of the arm."""
-    student = sizes.stages.get(arm.name, sizes.student)
+    student = sizes.stages.get(arm.name, sizes.student) + sizes.beside.get(arm.name, 0)
     total, count = 0.0, 0
     for row in rows:
         if row.target not in arm.targets:
             continue
         asked: dict[str, float] = {}  # each teacher's share of the training: until its last term ends
         for term in arm.terms:
-            if term.teacher is not None and row.target in term.targets:
+            if term.teacher is None or term.teacher not in arm.teachers:
+                continue  # one that the scheme provides is trained, and paid for as such
+            if row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
         total += (6 + 2 * arm.scheme.extra_passes(arm.terms, row.target)) * student * row.num_tokens
         for name, share in asked.items():

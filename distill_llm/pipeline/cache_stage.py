@@ -85,7 +85,7 @@ def plan_caches(recipe: Recipe, rows: Sequence[Row], vocabulary: Mapping[str, in
 
 def _asked(recipe: Recipe, name: str | None) -> set[str]:
     """A term's teacher, and all that is opened for it."""
-    if name is None:
+    if name is None or name not in recipe.teachers:  # a scheme may provide it
         return set()
     return {name}.union(*(_asked(recipe, member) for member in recipe.teachers[name].members()))
 

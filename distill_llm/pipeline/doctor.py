@@ -14,6 +14,7 @@ from distill_llm.core.signals import IGNORE_INDEX, Batch, Signals, select_rows
 from distill_llm.data.rows import RowSet, build_rows
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer
+from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
@@ -29,6 +30,7 @@ from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.trial import open_teachers, student_view
 from distill_llm.pipeline.views import TeacherViewer, check_room, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +93,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
+        student = recipe.scheme.assemble(student, recipe.student, recipe.seed)
         check_chat(recipe, tokenizer)
         _stages(recipe, tokenizer, diagnosis)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
@@ -291,7 +294,9 @@ def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:
         members = recipe.teachers[name].members()
         return isinstance(teachers[name], MovingTeacher) or (bool(members) and all(map(moves, members)))
 
-    return {term.name for term in recipe.objective if term.teacher is not None and moves(term.teacher)}
+    objective = recipe.scheme.for_learners(Objective(recipe.objective))
+    asked = {term.name: term.teacher for term in objective.terms if term.teacher is not None}
+    return {name for name, teacher in asked.items() if teacher in teachers and moves(teacher)}
 
 
 def _mixed(rows: RowSet, number: int) -> list[Any]:
@@ -308,8 +313,10 @@ def _mixed(rows: RowSet, number: int) -> list[Any]:
 
 
 def _term_by_term(recipe: Recipe) -> Iterator[Objective]:
-    for term in recipe.objective:
-        yield Objective([term]).at(0.0)
+    objective = recipe.scheme.for_learners(Objective(recipe.objective).at(0.0))
+    learners = objective.learners or (STUDENT,) * len(objective.terms)
+    for term, learner in zip(objective.terms, learners, strict=True):
+        yield Objective([term], [learner])
 
 
 def _term(
@@ -336,10 +343,13 @@ def _loss(
     from distill_llm.models.head import OutputHead
 
     chunk_tokens = recipe.train.chunk_tokens
-    head = OutputHead(student.model, chunk_tokens=chunk_tokens) if chunk_tokens else None  # as the trainer does it
+    first = members_of(student.model)[0]
+    head = OutputHead(first, chunk_tokens=chunk_tokens) if chunk_tokens else None  # as the trainer does it
     pairs = recipe.scheme.compare(student.model, teachers, batch, objective, head=head)
-    results = [objective(said, taught, counts) for said, taught in pairs]
-    return sum((loss for loss, _ in results[1:]), results[0][0]), results[0][1]
+    learners = zip(recipe.scheme.learners, pairs, strict=True)
+    results = [objective(*pair, counts, learner=learner) for learner, pair in learners]
+    means = {name: mean for _, some in results for name, mean in some.items()}
+    return sum((loss for loss, _ in results[1:]), results[0][0]), means
 
 
 def _teachers_are_still(recipe: Recipe, teachers: Mapping[str, Any], batch: Batch, diagnosis: Diagnosis) -> None:
@@ -367,7 +377,7 @@ def _memory(recipe: Recipe, student: LoadedModel, teachers: Mapping[str, Any], b
     """The peak of one forward and backward pass of the whole objective."""
     import torch
 
-    objective = Objective(recipe.objective).at(0.0)
+    objective = recipe.scheme.for_learners(Objective(recipe.objective).at(0.0))
     on_gpu = student.model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

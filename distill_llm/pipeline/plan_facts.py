@@ -29,7 +29,7 @@ def plan_facts(arm: Arm, recipe: Recipe, arms: Sequence[Arm], run: RunFolder) ->
     student = arm.student.model_dump(mode="json", exclude={"tokenizer"})
     student["model"] = models.get(arm.student.model, arm.student.model)
     by_name = {one.name: one for one in arms}
-    named = {term.teacher for term in arm.terms if term.teacher is not None}
+    named = {term.teacher for term in arm.terms if term.teacher is not None} & set(arm.teachers)
     asked = sorted({part for name in named for part in with_members(arm.teachers, name)})
     return {
         "max_steps": arm.max_steps,

@@ -70,7 +70,8 @@ def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
     for stage in recipe.stages:
         own = {name for name in stage.teachers if name not in recipe.teachers and name not in stages}
         teachers |= {name: stage.teachers[name] for name in own}
-    return Sizes(stages, {name: spec.num_parameters(size) for name, spec in teachers.items()})
+    beside = {STUDENT: recipe.stages[-1].scheme.extra_parameters(student, recipe.student)}
+    return Sizes(stages, {name: spec.num_parameters(size) for name, spec in teachers.items()}, beside)
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
@@ -121,18 +122,31 @@ def _keep_best_of(arms: Sequence[Arm], pairs: Sequence[tuple[Trial, dict[str, An
 
 
 def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
-    """Moves the model with the best validation accuracy up to the arm's folder."""
+    """Moves the model with the best validation accuracy up to the arm's folder; those that learned beside the student
+    to folders of their own."""
     best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
-    with storage(run.model(arm.name)):
-        if (best.folder / "model").exists():
-            shutil.rmtree(run.model(arm.name), ignore_errors=True)
-            (best.folder / "model").rename(run.model(arm.name))
-    write_json(
-        run.result(arm.name),
-        read_json(run.plan(arm.name)) | {"scored": arm.scored} | result | {"trials": [result for _, result in trials]},
-    )
+    facts = read_json(run.plan(arm.name)) | {"role": arm.role, "scored": arm.scored}
+    learner, others = result.get("learner", STUDENT), result.get("others", {})
+    if learner != STUDENT and others:
+        facts["description"] += f" ({learner}, the best of {len(others) + 1} on validation)"
+    for name, accuracy in others.items() if arm.name == STUDENT else ():
+        described = f"{arm.scheme.describe(name)}, from its training: {arm.description}"
+        own = {"description": described, "validation_accuracy": accuracy, "learner": name, "others": {}}
+        _move(best.folder / "others" / name, run.model(name))
+        write_json(run.result(name), facts | result | own)
+    _move(best.folder / "model", run.model(arm.name))
+    write_json(run.result(arm.name), facts | result | {"trials": [result for _, result in trials]})
     for trial, _ in trials:
         shutil.rmtree(trial.folder, ignore_errors=True)
+
+
+def _move(model: Path, to: Path) -> None:
+    """Nothing where a run that was interrupted has moved it already."""
+    with storage(to):
+        if model.exists():
+            shutil.rmtree(to, ignore_errors=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            model.rename(to)
 
 
 def check_chat(recipe: Recipe, tokenizer: Any) -> None:

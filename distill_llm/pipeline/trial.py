@@ -79,6 +79,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
     if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
         return _make_trl_trainer(trial, recipe.scheme, student, spec)
+    student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
@@ -138,9 +139,11 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
 def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
     """The live teachers that some term names, and those that they are made of; each is opened once."""
     opened: dict[str, TensorTeacher] = {}
-    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+    for name in sorted({term.teacher for term in terms if term.teacher is not None} - recipe.scheme.provides):
         open_teacher(recipe, name, student, opened)
-    _open_layers(student.model, opened, Objective(terms))
+    objective = recipe.scheme.for_learners(Objective(terms))
+    for learner, model in recipe.scheme.each(student.model):
+        _open_layers(model, opened, objective.of(learner))
     return opened
 
 
@@ -222,7 +225,8 @@ def answers(
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
     """The task's accuracy on the labelled validation examples; every rank scores its share.
 
-    None without any, or where the arm is not chosen by it.
+    None without any, or where the arm is not chosen by it. Where several learn in one training, `accuracy` is that of
+    the one that would become the student.
     """
     labelled = [example for example in trial.validation if example.label is not None]
     if not labelled or not trial.arm.validated:
@@ -231,8 +235,9 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     from distill_llm.core.progress import SILENT
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
+    scheme = trial.recipe.scheme
 
-    def validate(model: Any) -> dict[str, float]:
+    def accuracy(model: Any) -> float:
         part = my_share(labelled)
         right = 0
         if part:
@@ -240,6 +245,11 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
             predictions, _ = answers(trial.recipe, model, view, part, target, progress=SILENT, name="validation")
             right = sum(bool(one.correct) for one in predictions.items)
         right, asked = summed(right, len(part))
-        return {"accuracy": right / max(asked, 1)}
+        return right / max(asked, 1)
+
+    def validate(model: Any) -> dict[str, float]:
+        scores = {name: accuracy(one) for name, one in scheme.each(model)}
+        best = {"accuracy": scores[scheme.student_among(scores)]}
+        return best | {f"accuracy_{name}": score for name, score in scores.items() if len(scores) > 1}
 
     return validate

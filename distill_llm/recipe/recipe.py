@@ -108,7 +108,7 @@ class Recipe(Component):
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
                 raise ValueError(f"teachers.{name}: {error}") from None
-        check_terms(self.objective, self.teachers)
+        check_terms(self.objective, self.teachers, self.scheme.provides)
         self._rationales_are_there(self.objective)
         if self.label_from != "gold" and self.rationales is None:
             raise ValueError(f"label_from: {self.label_from} needs a `rationales` section: its teacher gives labels")
@@ -124,8 +124,12 @@ class Recipe(Component):
 
     def _scheme_fits(self) -> None:
         try:
+            taken = sorted(self.scheme.provides & set(self.teachers))
+            if taken:
+                raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
             stages = self.stages
             check_stages(stages, self._sections)
+            self.scheme.check_terms(self.objective, self.teachers)
             self._rationales_are_there(term for stage in stages for term in stage.terms)
         except ValueError as error:
             raise ValueError(f"scheme: {error}") from None
@@ -141,7 +145,8 @@ class Recipe(Component):
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
-        taken = (*(stage.name for stage in self.stages), "labels_same_steps", "labels_same_compute", "teacher")
+        stages = (stage.name for stage in self.stages)
+        taken = (*stages, *self.scheme.learners, "labels_same_steps", "labels_same_compute", "teacher")
         for ablation, kept in self.evaluate.ablations.items():
             unknown = set(kept) - names
             if unknown or not kept:
@@ -156,6 +161,11 @@ class Recipe(Component):
                 )
             if ablation in taken:
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")
+            try:
+                terms = [term for term in self.objective if term.name in kept]
+                self.scheme.alone().check_terms(terms, self.teachers)
+            except ValueError as error:
+                raise ValueError(f"evaluate.ablations.{ablation}: {error}") from None
 
 
 def model_folder(run: Path, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,14 +87,19 @@ def check_stages(stages: Sequence[Stage], sections: Sections) -> None:
             raise ValueError(f"stage '{stage.name}': {error}") from None
 
 
-def check_terms(terms: Sequence[Term], teachers: Mapping[str, TensorTeacherSpec]) -> None:
-    """Raises ValueError where a term's teacher is not there or cannot teach it, or all terms end too early."""
+def check_terms(
+    terms: Sequence[Term], teachers: Mapping[str, TensorTeacherSpec], provided: Set[str] = frozenset()
+) -> None:
+    """Raises ValueError where a term's teacher is not there or cannot teach it, or all terms end too early.
+
+    ``provided``: teachers that a scheme has itself.
+    """
     for term in terms:
-        if term.teacher is None:
+        if term.teacher is None or term.teacher in provided:
             continue
         if term.teacher not in teachers:
             raise ValueError(
-                f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(teachers)}. "
+                f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted({*teachers, *provided})}. "
                 "Add it under `teachers:`"
             )
         teacher = teachers[term.teacher]

@@ -340,7 +340,12 @@ class TensorTeacherSpec(Component):
 
 
 def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[str]:
-    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice."""
+    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice.
+
+    Of one that a scheme provides there is the name alone.
+    """
+    if name not in teachers:
+        return [name]
     return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]
 
 

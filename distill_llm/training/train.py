@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
@@ -19,9 +19,11 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.models.load import LoadedModel
 from distill_llm.models.packing import check_packing, gains_by_packing
+from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.stages import STUDENT
 from distill_llm.teachers.base import StoredTeacher, TensorTeacher
 from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
@@ -33,13 +35,16 @@ from distill_llm.training.trainer import DistillTrainer, Validate
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What one training came to. ``validation_accuracy`` is the best checkpoint's, at ``best_step``; None where nothing
-    was validated, and the last step is kept."""
+    was validated, and the last step is kept. ``learner`` became the student; ``others`` learned beside it, and what is
+    said of each is its validation accuracy at the same step."""
 
     steps: int
     best_step: int
     tokens: int
     seconds: float
     validation_accuracy: float | None
+    learner: str
+    others: Mapping[str, float | None]
 
 
 def make_trainer(
@@ -94,7 +99,8 @@ def fit(
     name: str = "student",
     stop_when: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``.
+    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``; those of others that
+    learned beside it to ``folder/others``.
 
     Raises Interrupted after a signal, or when ``stop_when`` says so, with a checkpoint on disk.
     """
@@ -109,14 +115,24 @@ def fit(
         raise Interrupted(f"stopped at step {state.global_step} of {max_steps}; a checkpoint is saved.")
     seconds = clock.seconds
     with storage(folder):
-        trainer.save_model(str(folder / "model"))
+        learner, others = _save(trainer, folder)
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
         tokens=trainer.step_sampler.tokens_until(state.global_step),
         seconds=round(seconds, 3),
         validation_accuracy=state.best_metric,
+        learner=learner,
+        others=others,
     )
+
+
+def _save(trainer: Trainer, folder: Path) -> tuple[str, Mapping[str, float | None]]:
+    """The name of the learner that becomes the student, and the validation accuracy of each of the others."""
+    if isinstance(trainer, DistillTrainer):
+        return trainer.save_learners(folder)
+    trainer.save_model(str(folder / "model"))
+    return STUDENT, {}
 
 
 def collator_for(
@@ -137,9 +153,11 @@ def collator_for(
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
         begin = student.model.config.decoder_start_token_id
         return Collator(pad, begin, part_tokens=part_tokens, keyed=keyed, views=views)
-    packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
+    models = members_of(student.model)
+    packs = packing == "always" or (packing == "auto" and all(map(gains_by_packing, models)))
     if packs:
-        check_packing(student.model)
+        for model in models:
+            check_packing(model)
     return Collator(pad, None, packs=packs, keyed=keyed, views=views)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.core.processes import leave_in_time
 from distill_llm.core.signals import Batch
 from distill_llm.data.collate import Collator
@@ -23,6 +24,7 @@ from distill_llm.models.cpu_training import quick_on_cpu
 from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
 from distill_llm.models.lora import save_bits
+from distill_llm.models.peers import Peers, members_of
 from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Moment, Scheme
 from distill_llm.teachers.base import TensorTeacher
@@ -65,14 +67,25 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=collator, eval_dataset=data, **options)
         self.remove_callback(PrinterCallback)
         self.rows, self.step_sampler, self.collator = rows, step_sampler, collator
-        self.scheme, self.objective, self.teachers = scheme, objective, dict(teachers or {})
+        self.scheme, self.objective, self.teachers = self._unsharded(scheme), objective, dict(teachers or {})
         self._moving = MoveTeachers(self.teachers)
         self.add_callback(self._moving)
-        self._now, self.validate, self._has_heads = objective.at(0.0), validate, bool(head_weights(model))
+        self._now, self.validate = scheme.for_learners(objective.at(0.0)), validate
+        self._has_heads = bool(head_weights(model))
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
-        self._head = OutputHead(model, chunk_tokens=chunk_tokens) if chunk_tokens else None
+        self._head = OutputHead(members_of(model)[0], chunk_tokens=chunk_tokens) if chunk_tokens else None
         self._means, self._steps_of = dict[str, Tensor](), Counter[str]()  # by term: a step may leave one out
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
+
+    def _unsharded(self, scheme: Scheme) -> Scheme:
+        """The scheme, if it can be had as the training is spread over processes."""
+        several = len(scheme.learners) > 1 or isinstance(self.model, Peers)
+        if several and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                f"scheme: {type(scheme).model_fields['kind'].default} leaves several models, which cannot be taken "
+                "apart while FSDP or DeepSpeed share out their weights. Use plain torchrun (DDP)."
+            )
+        return scheme
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -90,7 +103,8 @@ class DistillTrainer(Trainer):
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
         step = self.state.global_step
         progress = step / max(1, self.args.max_steps)
-        self._now = self.scheme.at_step(self.objective.at(progress), step, self.args.seed)
+        now = self.scheme.at_step(self.objective.at(progress), step, self.args.seed)
+        self._now = self.scheme.for_learners(now)
         batches = self.scheme.prepare(batches, self.model, self._moment(progress))
         self._steps_of.update(term.name for term in self._now.terms)
         counts = self._counts(batches)
@@ -130,8 +144,9 @@ class DistillTrainer(Trainer):
     ) -> Any:
         counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else self._counts([inputs])
         losses = []
-        for student, teachers in self.scheme.compare(model, self.teachers, inputs, self._now, self._head):
-            loss, means = self._now(student, teachers, counts, self._watch)
+        pairs = self.scheme.compare(model, self.teachers, inputs, self._now, self._head)
+        for learner, (student, teachers) in zip(self.scheme.learners, pairs, strict=True):
+            loss, means = self._now(student, teachers, counts, self._watch, learner)
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
@@ -154,8 +169,52 @@ class DistillTrainer(Trainer):
                 self._watch = None
         super().log(logs, start_time)
 
+    def save_learners(self, folder: Path) -> tuple[str, dict[str, float | None]]:
+        """Saves the learner that becomes the student to ``folder/model``, others to ``folder/others/<name>``.
+
+        Gives the first one's name, and the validation accuracy of each of the others.
+        """
+        names = self.scheme.learners
+        if len(names) == 1 and not isinstance(self.model, Peers):
+            self.save_model(str(folder / "model"))
+            return names[0], {}
+        step = self.state.best_global_step or self.state.global_step
+        logged = [entry for entry in self.state.log_history if entry["step"] == step and "eval_accuracy" in entry]
+        scores = {name: logged[-1][f"eval_accuracy_{name}"] for name in names} if logged and len(names) > 1 else {}
+        chosen = self.scheme.student_among(scores)
+        for name, model in self.scheme.each(self.model) if self.args.should_save else ():
+            own = folder / "model" if name == chosen else folder / "others" / name
+            self.scheme.save(name, model, own)
+            cast(Any, self.processing_class).save_pretrained(str(own))
+        return chosen, {name: scores.get(name) for name in names if name != chosen}
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The norm of all gradients; each of several peers is clipped by its own, or one would hold back the others."""
+        if not isinstance(self.model, Peers):
+            return super()._clip_grad_norm(model)
+        limit = self.args.max_grad_norm
+        norms = [self.accelerator.clip_grad_norm_(peer.parameters(), limit) for peer in self.model.peers]
+        return torch.stack([cast(Tensor, norm) for norm in norms]).norm()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, Peers):
+            self.model.load_learned(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, Peers):
+            self.model.load_learned(Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone: hint heads lie beside it in a checkpoint, and are left out of the finished model."""
+        if isinstance(self.model, Peers):
+            if self.args.should_save:
+                Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+                self.model.save_learned(Path(str(output_dir)))
+            return
         if head_weights(self.model):
             state_dict = without_heads(cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)

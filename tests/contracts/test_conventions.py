@@ -40,6 +40,8 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/models/cpu_training.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
+    f"{PACKAGE}/models/peers.py",
+    f"{PACKAGE}/models/exits.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 
