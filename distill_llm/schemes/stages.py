@@ -82,7 +82,7 @@ def check_stages(stages: Sequence[Stage], sections: Sections) -> None:
         raise ValueError(f"a stage has the name of a teacher or of a control: {taken}. Rename it")
     for stage in stages:
         try:
-            check_terms(stage.terms, stage.teachers)
+            check_terms(stage.terms, stage.teachers, stage.scheme.provides)
         except ValueError as error:
             raise ValueError(f"stage '{stage.name}': {error}") from None
 
