@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -185,3 +188,31 @@ def test_a_decoder_only_chain_and_what_doctor_and_show_say_of_it(
     assert [link.name for link in card.avalanche.links] == ["big", "assistant 1", "models above", "student"]
     recorded = (tmp_path / "runs" / "tiny" / "recipe.yaml").read_text()
     assert "hidden_size: 24" in recorded, "sqrt(32 x 16) = 22.6, a multiple of twice the 3 heads"
+
+
+def test_two_processes_drop_the_same_teachers(cli: Any, chain: tuple[str, ...], tmp_path: Path) -> None:
+    """Each process draws for itself; one that drew otherwise would have another gradient, or wait for ever."""
+    from safetensors.torch import load_file
+
+    words = (*chain, "scheme.drop=0.5", "student.config.dropout_rate=0.0", "train.rows_per_batch=8")
+    cli("generate-rationales", *words, "run_dir=one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    cli("train", *words, "run_dir=one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "-m", "distill_llm", "train", *words, "run_dir=two"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for arm in ("middle", "student"):
+        one, two = (
+            load_file(tmp_path / run / "models" / arm / "model" / "model.safetensors") for run in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        assert all((one[name] - two[name]).abs().max() < 2e-5 for name in one)
