@@ -36,6 +36,8 @@ _SHAPE_CHECKED = tuple(
         "core.layout",
         "core.signals",
         "core.sparse",
+        "models.cheap_dropout",
+        "models.cpu_training",
         "models.forward",
         "models.layers",
         "models.head",
@@ -53,6 +55,8 @@ _IN_ORDER = (
     ("distill_llm.core.layout", ()),
     ("distill_llm.core.signals", ("Signals", "LazySignals", "Batch")),
     ("distill_llm.core.sparse", ("SparseSignals",)),
+    ("distill_llm.models.cheap_dropout", ()),
+    ("distill_llm.models.cpu_training", ()),
     ("distill_llm.models.forward", ("Passed", "Heads")),
     ("distill_llm.models.peers", ("Peers",)),
     ("distill_llm.models.layers", ()),
@@ -71,6 +75,13 @@ _IN_ORDER = (
     ("distill_llm.schemes.base", ()),
     ("distill_llm.schemes", ()),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs unless tests for one are asked for (``-m gpu``): all others compare with what a CPU computes."""
+    chosen = str(config.getoption("markexpr"))
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _check_shapes() -> None:

@@ -167,6 +167,32 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    recipe: RecipePath,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=[VALUE,...]...", help="keys to vary, and overrides for all runs")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="training seeds of each setting; their mean decides")] = 1,
+    sample: Annotated[int, typer.Option(help="try so many settings of the grid, drawn at random; 0: all")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs; run nothing")] = False,
+) -> None:
+    """Try teachers, temperatures, sizes or any other key; validation picks, the pick is scored on test. Resumes."""
+    from distill_llm.cli.sweep import show_grid, show_sweep
+    from distill_llm.pipeline.sweep_grid import plan_sweep
+    from distill_llm.recipe.load import read_recipe
+
+    plan = plan_sweep(read_recipe(recipe), settings or [], seeds=seeds, sample=sample, source=recipe)
+    if dry_run:
+        show_grid(plan, _console())
+        return
+    from distill_llm.pipeline.sweep import run_sweep
+
+    with _progress() as progress:
+        report = run_sweep(plan, progress)
+    show_sweep(report, plan.folder, _console())
+
+
+@app.command()
 def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Examine a recipe before hours are spent on it. Exit code 0: it may run; 1: it may not."""
     from distill_llm.cli.doctor import show_diagnosis

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 """Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS), ``agreement`` [B]
-(of the votes, 1 without any) and ``keys`` [B] (of the rows, by which signals on disk are found); ``decoder_input_ids``
-[B, T] too where the model is an encoder-decoder. A teacher with a view of its own has columns of its own
+(of the votes, 1 without any); ``keys`` [B] (of the rows) where signals on disk are found by them; ``decoder_input_ids``
+[B, T] where the model is an encoder-decoder. A teacher with a view of its own has columns of its own
 (``view_column``), ``places`` [B, L] among them: for each label token of the row, which of the teacher's is its
 counterpart, -1 for none."""
 

@@ -21,13 +21,15 @@ class Collator:
     """``decoder_start_token_id`` is None for a decoder-only model. ``views``: teachers with a view of their own.
 
     ``part_tokens``: an encoder-decoder's rows go through it in parts of so many tokens, each distinct input once; 0:
-    all rows side by side. ``packs``: a decoder-only student's rows go through it as one.
+    all rows side by side. ``packs``: a decoder-only student's rows go through it as one. ``keyed``: with the column
+    ``keys``, which costs a hash of each row.
     """
 
     pad_token_id: int
     decoder_start_token_id: int | None
     part_tokens: int = 0
     packs: bool = False
+    keyed: bool = True
     views: Mapping[str, Collator] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -36,8 +38,9 @@ class Collator:
         about = {
             "targets": torch.tensor([TARGETS.index(row.target) for row in rows]),
             "agreement": torch.tensor([row.agreement for row in rows]),
-            "keys": torch.tensor([row.key for row in rows]),
         }
+        if self.keyed:
+            about["keys"] = torch.tensor([row.key for row in rows])
         batch = self._columns(rows) | about | self._layout(rows)
         for teacher, collator in self.views.items():
             own = collator._viewed([row.views.get(teacher) for row in rows], [len(row.label_ids) for row in rows])

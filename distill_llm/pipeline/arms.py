@@ -55,7 +55,7 @@ class Arm:
                 "teachers": dict(self.teachers),
                 "objective": self.terms,
                 "scheme": self.scheme,
-                "seed": self.seed,
+                "train": whole.train.model_copy(update={"seed": self.seed}),
             }
         )
 
@@ -139,7 +139,7 @@ def _stage_arm(recipe: Recipe, stage: Stage, steps: int) -> Arm:
         terms=stage.terms,
         scheme=stage.scheme,
         max_steps=max(1, round(steps * stage.share_of_steps)),
-        seed=recipe.seed + stage.seed_shift,
+        seed=recipe.training_seed + stage.seed_shift,
         evaluate_target=_asked(recipe, stage.terms),
         after=stage.after,
         scored=stage.scored,
@@ -157,7 +157,9 @@ def _arm_of_student(
 ) -> Arm:
     """One training of the recipe's student."""
     asked = "label" if role == "control" else _asked(recipe, terms)
-    return Arm(name, role, description, recipe.student, recipe.teachers, terms, scheme, steps, recipe.seed, asked)
+    return Arm(
+        name, role, description, recipe.student, recipe.teachers, terms, scheme, steps, recipe.training_seed, asked
+    )
 
 
 def _asked(recipe: Recipe, terms: Sequence[Term]) -> Target:

@@ -68,8 +68,13 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
         )
     if recipe.rationales is not None and not _is_gathered(recipe, RunFolder(recipe.folder)):
         check_teacher(recipe.rationales, wanted_splits(recipe, splits))
-    if not student:
-        return splits
+    if student:
+        check_training(recipe, splits)
+    return splits
+
+
+def check_training(recipe: Recipe, splits: Splits) -> None:
+    """Finds what only training needs: the student, teachers of signals, and what they read."""
     for teacher in recipe.teachers.values():
         teacher.check()
     check_views(recipe, splits.train)
@@ -78,7 +83,6 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
         from distill_llm.training.arguments import check_reporters
 
         check_reporters(recipe.train)
-    return splits
 
 
 def _check_students(recipe: Recipe) -> None:
@@ -199,7 +203,7 @@ def _write(
         run.rationales(split).unlink(missing_ok=True)  # of an earlier recipe
     write_json(run.funnel, counts)
     write_card(recipe, run)
-    write_json(run.rationales_made_of, _made_of(recipe, recipe.rationales))
+    write_json(run.rationales_made_of, made_of(recipe, recipe.rationales))
 
 
 def _write_split(asking: Asking, split: str, examples: Sequence[Example], run: RunFolder, progress: Progress) -> Funnel:
@@ -251,13 +255,11 @@ def _labelled(examples: Sequence[Example], answers: Mapping[str, TeacherAnswer])
 
 def _is_gathered(recipe: Recipe, run: RunFolder) -> bool:
     """Whether the folder holds the data set of this recipe."""
-    made_of = run.rationales_made_of
-    return (
-        recipe.rationales is not None and made_of.exists() and read_json(made_of) == _made_of(recipe, recipe.rationales)
-    )
+    path = run.rationales_made_of
+    return recipe.rationales is not None and path.exists() and read_json(path) == made_of(recipe, recipe.rationales)
 
 
-def _made_of(recipe: Recipe, spec: RationaleSpec) -> str:
+def made_of(recipe: Recipe, spec: RationaleSpec) -> str:
     """Changes with all that decides a rationale data set, but for the weights of a teacher in a folder."""
     prompter = make_prompter(spec.prompt).fingerprint
     votes_validate = recipe.label_from != "gold"

@@ -94,7 +94,7 @@ def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Pr
     """Scores every trained model of a run folder on its test split, and writes the scorecard."""
     from distill_llm.pipeline.score_stage import score
 
-    _one_process("evaluate")
+    in_one_process("evaluate")
     quiet_libraries()
     run, recipe = open_run(run_dir, overrides)
     return score(recipe, _material_of(recipe, load_examples(recipe), run), run, progress)
@@ -105,7 +105,7 @@ def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
     unfinished."""
     from distill_llm.pipeline.score_stage import check_test_labels, score
 
-    _one_process("run")
+    in_one_process("run")
     quiet_libraries()
     splits = check(recipe)
     check_test_labels(splits)  # before hours are spent on what could not be scored
@@ -171,7 +171,8 @@ def _claim_with_material(recipe: Recipe) -> tuple[RunFolder, Material]:
     return run, _material_of(recipe, splits, run)
 
 
-def _one_process(command: str) -> None:
+def in_one_process(command: str) -> None:
+    """Raises ConfigError under torchrun."""
     if world_size() > 1:
         raise ConfigError(
             f"`{command}` works in one process. Run it without torchrun; under torchrun use `distill-llm "

@@ -35,6 +35,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def sweep(self) -> Path:
+        """Tables of sweeps over this recipe, and the runs that they are made of."""
+        return self.root / "sweep"
+
+    @property
     def rationale_folder(self) -> Path:
         return self.root / "rationales"
 
@@ -120,12 +125,12 @@ def claim(recipe: Recipe) -> RunFolder:
     """
     run = RunFolder(recipe.folder)
     with storage(run.root):
-        exists = run.root.exists() and any(run.root.iterdir())
-    if exists and not run.recipe.exists():
+        found = {path.name for path in run.root.iterdir()} if run.root.exists() else set()
+    if found and not run.recipe.exists() and not found <= {run.rationale_folder.name, run.sweep.name}:
         raise ConfigError(
             f"run_dir: {run.root} exists, is not empty, and is not a run folder. Choose another: run_dir=runs/my-run."
         )
-    if exists:
+    if run.recipe.exists():
         _refuse_another(recipe, run)
     write_text(run.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return run
@@ -143,14 +148,23 @@ def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFold
     return run, recipe_from(data, [f"run_dir={run.root}", *overrides], source=str(run.recipe))
 
 
+def settled(recipe: Recipe) -> dict[str, Any]:
+    """All that a finished student and its validation depend on, by key: two recipes that agree in it train the same."""
+    free = (*_free_keys(recipe), "name")
+    flat = dict(_flat(recipe.model_dump(mode="json")))
+    asked = {f"evaluate.{key}" for key in ("target", "max_new_tokens")}
+    return {key: value for key, value in flat.items() if key in asked or not key.startswith(free)}
+
+
+def _free_keys(recipe: Recipe) -> tuple[str, ...]:
+    teacher = recipe.rationales.teacher.manner if recipe.rationales else ()
+    return _FREE + tuple(f"rationales.teacher.{name}" for name in teacher)
+
+
 def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
     before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
     now = dict(_flat(recipe.model_dump(mode="json")))
-    free = (
-        _FREE + tuple(f"rationales.teacher.{name}" for name in recipe.rationales.teacher.manner)
-        if recipe.rationales
-        else _FREE
-    )
+    free = _free_keys(recipe)
     changed = sorted(
         key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(free)
     )

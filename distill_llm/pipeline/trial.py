@@ -68,10 +68,10 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     from distill_llm.training.train import make_trainer
 
     recipe = trial.recipe
-    set_seed(recipe.seed)
+    set_seed(recipe.training_seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
-    student = recipe.scheme.assemble(student, recipe.student, recipe.seed)
+    student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
@@ -83,7 +83,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         teachers=teachers,
         validate=_validator(trial, student),
         folder=trial.folder,
-        seed=recipe.seed,
+        seed=recipe.training_seed,
     )
 
 

@@ -59,6 +59,10 @@ class Recipe(Component):
     def _sections(self) -> Sections:
         return Sections(self.student, self.teachers, self.objective, lambda name: str(model_folder(self.folder, name)))
 
+    @property
+    def training_seed(self) -> int:
+        return self.seed if self.train.seed == "recipe" else self.train.seed
+
     @field_validator("objective")
     @classmethod
     def _names_differ(cls, objective: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -44,6 +44,11 @@ class TrainSpec(Component):
         "of about one length. Decoder-only: all rows in one, without padding (auto: where the attention gains by it). "
         "never: padded to the longest. The loss is the same but for rounding",
     )
+    seed: Literal["recipe"] | Annotated[int, Field(ge=0)] = Field(
+        default="recipe",
+        description="of the initial weights, the order of the rows and the dropout; recipe: the recipe's own `seed`, "
+        "which draws the data's splits and the teacher's texts too",
+    )
     optimizer: Optimizer = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)

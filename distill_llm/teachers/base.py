@@ -196,6 +196,13 @@ class DeepTeacher(LazyTeacher, Protocol):
 
 
 @runtime_checkable
+class StoredTeacher(TensorTeacher, Protocol):
+    """One that finds rows on disk, by their keys: batches for it have the column ``keys``."""
+
+    shards: Any
+
+
+@runtime_checkable
 class MovingTeacher(TensorTeacher, Protocol):
     """One that changes while the student learns; every checkpoint has its state."""
 

@@ -38,11 +38,11 @@ class CachedWords:
     """Some words of each token, of rows that are found by their keys."""
 
     def __init__(self, shards: Shards, payload: Payload, *, width: int, temperatures: tuple[float, ...]):
-        self._shards, self._payload = shards, payload
+        self.shards, self._payload = shards, payload
         self._width, self._temperatures = width, temperatures
 
     def signals(self, batch: Batch) -> SparseSignals:
-        columns, about = _found(self._shards, batch)
+        columns, about = _found(self.shards, batch)
         return self._payload.decode(columns, about, width=self._width, temperatures=self._temperatures)
 
 
@@ -50,19 +50,19 @@ class CachedHidden:
     """The last hidden state of each token; ``head`` makes its logits."""
 
     def __init__(self, shards: Shards, payload: LastHidden, head: StoredHead):
-        self._shards, self._payload, self._head = shards, payload, head
+        self.shards, self._payload, self._head = shards, payload, head
 
     def signals(self, batch: Batch) -> Signals:
         import torch
 
-        columns, about = _found(self._shards, batch)
+        columns, about = _found(self.shards, batch)
         hidden = self._payload.hidden_of(columns).to(about.token_ids.device)
         with torch.no_grad():
             return replace(about, logits=self._head(hidden))
 
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The same, without logits yet."""
-        columns, about = _found(self._shards, batch)
+        columns, about = _found(self.shards, batch)
         hidden = self._payload.hidden_of(columns).to(about.token_ids.device)
         by_target = about.targets.argsort(stable=True)  # the order of lazy tokens
         return LazySignals(

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,7 +23,7 @@ from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
-from distill_llm.teachers.base import TensorTeacher
+from distill_llm.teachers.base import StoredTeacher, TensorTeacher
 from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
@@ -128,27 +127,29 @@ def fit(
 
 
 def collator_for(
-    student: LoadedModel, teachers: Mapping[str, TensorTeacher] = MappingProxyType({}), packing: Packing = "auto"
+    student: LoadedModel, teachers: Mapping[str, TensorTeacher] | None = None, packing: Packing = "auto"
 ) -> Collator:
-    """``teachers``: all that are open, members of others included.
+    """``teachers``: all that are open, members of others included; None: batches are to suit any.
 
     Raises ConfigError where the recipe wants packing that the student does not know.
     """
     pad = student.tokenizer.pad_token_id
     views = {
         name: Collator(teacher.reader.tokenizer.pad_token_id, teacher.reader.decoder_start_token_id)
-        for name, teacher in teachers.items()
+        for name, teacher in (teachers or {}).items()
         if isinstance(teacher, ViewedTeacher)
     }
+    keyed = teachers is None or any(isinstance(teacher, StoredTeacher) for teacher in teachers.values())
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
-        return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens, views=views)
+        begin = student.model.config.decoder_start_token_id
+        return Collator(pad, begin, part_tokens=part_tokens, keyed=keyed, views=views)
     models = members_of(student.model)
     packs = packing == "always" or (packing == "auto" and all(map(gains_by_packing, models)))
     if packs:
         for model in models:
             check_packing(model)
-    return Collator(pad, None, packs=packs, views=views)
+    return Collator(pad, None, packs=packs, keyed=keyed, views=views)
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:

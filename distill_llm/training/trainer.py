@@ -19,6 +19,7 @@ from distill_llm.core.signals import Batch
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
+from distill_llm.models.cpu_training import quick_on_cpu
 from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
 from distill_llm.models.lora import save_bits
@@ -68,7 +69,11 @@ class DistillTrainer(Trainer):
         self.scheme, self.objective, self.teachers = self._unsharded(scheme), objective, dict(teachers or {})
         self._moving = MoveTeachers(self.teachers)
         self.add_callback(self._moving)
-        self._now, self.validate = scheme.for_learners(objective.at(0.0)), validate
+        self._now, self.validate, self._has_heads = (
+            scheme.for_learners(objective.at(0)),
+            validate,
+            bool(head_weights(model)),
+        )
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(members_of(model)[0], chunk_tokens=chunk_tokens) if chunk_tokens else None
         self._means, self._means_steps = dict[str, Tensor](), 0
@@ -119,6 +124,12 @@ class DistillTrainer(Trainer):
     def _over_ranks(self, numbers: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(numbers, reduction="sum"))
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.args.device.type != "cpu":
+            return super().training_step(*args, **kwargs)
+        with quick_on_cpu(cast(nn.Module, self.model)):  # the backward pass included, which may go forward once more
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -134,7 +145,9 @@ class DistillTrainer(Trainer):
             losses.append(loss)
             for name, mean in means.items():
                 self._means[name] = self._means.get(name, torch.zeros_like(mean)) + mean
-        total = torch.stack(losses).sum() + anchor_of(model)
+        total = torch.stack(losses).sum()
+        if self._has_heads:
+            total = total + anchor_of(model)
         total = total * self.accelerator.num_processes  # undoes DDP's mean over ranks
         return (total, {"loss": total}) if return_outputs else total
 

@@ -34,6 +34,8 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/training/",
     f"{PACKAGE}/evaluation/metrics/",
     f"{PACKAGE}/core/word_sums.py",
+    f"{PACKAGE}/models/cheap_dropout.py",
+    f"{PACKAGE}/models/cpu_training.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/peers.py",

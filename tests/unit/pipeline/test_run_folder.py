@@ -11,7 +11,7 @@ import yaml
 
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.files import write_json
-from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.run_folder import RunFolder, claim, open_run, settled
 from distill_llm.rationales.ledger import Prices, Spent, ledger_report
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
@@ -62,6 +62,28 @@ def test_claim_refuses_a_folder_with_something_else(recipe: Any) -> None:
     with pytest.raises(ConfigError, match=r"is not empty, and is not a run folder. Choose another: run_dir="):
         claim(recipe())
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_claim_takes_a_folder_that_a_sweep_has_begun(recipe: Any) -> None:
+    folder = recipe().folder
+    for name in ("sweep", "rationales"):
+        (folder / name).mkdir(parents=True)
+    assert claim(recipe()).recipe.is_file()
+
+
+def test_settled_is_what_a_finished_student_depends_on(recipe: Any) -> None:
+    """As ``claim`` sees it, and what validation is asked, too."""
+    plain = settled(recipe())
+    for word in (
+        "run_dir=elsewhere",
+        "name=other",
+        "train.workers=4",
+        "evaluate.controls=[]",
+        "evaluate.resamples=200",
+    ):
+        assert settled(recipe(word)) == plain, word
+    for word in ("seed=3", "train.seed=3", "train.max_steps=4", "evaluate.max_new_tokens=3", "task.train_size=13"):
+        assert settled(recipe(word)) != plain, word
 
 
 def test_claim_refuses_a_file(recipe: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,15 @@ def test_unlabelled_test_data_is_said_before_anything_is_written(tmp_path: Path)
     with pytest.raises(DataError, match="the test split has examples without a label"):
         run_recipe(recipe_from(parse_yaml(YAML, "tiny"), overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_seed_of_training_draws_weights_and_order_and_no_data(plan: Any) -> None:
+    """With the recipe's seed written out, the same bytes; with another, other weights of the same rows."""
+    made = []
+    for number, word in enumerate(("train.seed=recipe", "train.seed=17", "train.seed=18")):
+        run, planned = plan(word, f"name=n{number}", train=True)
+        made.append((planned.rows.rows, (run.model("student") / "model.safetensors").read_bytes()))
+        shutil.rmtree(run.root)
+    (rows, weights), (same_rows, same), (other_rows, other) = made
+    assert rows == same_rows == other_rows
+    assert weights == same != other
