@@ -32,7 +32,8 @@ from distill_llm.core.errors import DistillError
 from distill_llm.losses.base import Loss
 from distill_llm.recipe.load import load_recipe
 
-Given, Done = TypeVar("Given"), TypeVar("Done")
+Given = TypeVar("Given")
+Done = TypeVar("Done")
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 TRAINED = 0.9  # of the teacher's accuracy

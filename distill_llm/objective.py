@@ -17,6 +17,7 @@ from distill_llm.core.features import LOGITS, Features, Reading, Side, all_of
 from distill_llm.core.schedule import Schedule, number_at
 from distill_llm.core.signals import (
     IGNORE_INDEX,
+    OWN,
     Batch,
     LazySignals,
     Signals,
@@ -115,11 +116,18 @@ class Term(Component):
         mean = self.of_each(student, teacher).sum() / count.clamp_min(1)
         return weight * mean, mean.detach()
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Its targets as batches number them; those of the student's own texts too where it has a teacher."""
+        given = tuple(TARGETS.index(target) for target in self.targets)
+        return given if self.teacher is None else (*given, *(number + OWN for number in given))
+
     def owns(self, targets: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Which entries belong to this term."""
-        owned = targets == TARGETS.index(self.targets[0])
-        for target in self.targets[1:]:
-            owned = owned | (targets == TARGETS.index(target))
+        first, *others = self.numbers
+        owned = targets == first
+        for number in others:
+            owned = owned | (targets == number)
         return owned
 
 
@@ -214,10 +222,8 @@ class Objective:
         return all_of(asked) if asked else LOGITS
 
     def asks(self, teacher: str) -> frozenset[int]:
-        """The targets (index into TARGETS) about which some term asks this teacher."""
-        return frozenset(
-            TARGETS.index(target) for term in self.terms if term.teacher == teacher for target in term.targets
-        )
+        """The targets (as batches number them) about which some term asks this teacher."""
+        return frozenset(number for term in self.terms if term.teacher == teacher for number in term.numbers)
 
     def __call__(
         self,
@@ -330,9 +336,7 @@ class Objective:
         """
         for target, (start, stop) in student.tokens.spans.items():
             terms = tuple(
-                index
-                for index, term in enumerate(self.terms)
-                if TARGETS[target] in term.targets and term.layers is None
+                index for index, term in enumerate(self.terms) if target in term.numbers and term.layers is None
             )
             if not terms:
                 continue

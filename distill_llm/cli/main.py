@@ -231,11 +231,14 @@ def _run(recipe: str, overrides: Sequence[str]) -> tuple[Scorecard, Path]:
 
 
 def _show(card: Scorecard, folder: Path) -> None:
+    from distill_llm.evaluation.classes import class_table
     from distill_llm.evaluation.scorecard import to_comparison_table, to_table
 
     console = _console()
     console.print()
     console.print(to_table(card))
+    if any(one.left_out for one in card.classes):
+        console.print(class_table(card.classes))
     if card.comparisons:
         console.print()
         console.print(to_comparison_table(card))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from distill_llm.core.files import write_json, write_text
+from distill_llm.evaluation.scorecard import Role
 from distill_llm.evaluation.text_tables import (
     markdown_table,
     percent_spread,
@@ -67,7 +68,7 @@ class Scored(_Record):
     """A model on test, seed by seed; differences are the chosen student's accuracy minus its own."""
 
     name: str
-    role: Literal["teacher", "student", "control"]
+    role: Role
     accuracies: tuple[float, ...]
     mean: float
     deviation: float | None

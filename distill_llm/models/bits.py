@@ -35,8 +35,10 @@ def keep_layout(model: Any, *, trains: bool = False) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            rows, columns = module.weight.quant_state.shape
-            if trains or rows % 32 or columns % module.weight.quant_state.blocksize:
+            weight: Any = module.weight
+            state = weight.quant_state
+            rows, columns = state.shape
+            if trains or rows % 32 or columns % state.blocksize:
                 module.support_avx512bf16_for_cpu = False
 
 

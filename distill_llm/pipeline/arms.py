@@ -91,8 +91,9 @@ def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
 
     The control with the same compute gets as many steps as the student's cost pays for, with all stages that it
     needs, where a row costs 6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher
-    parameters * the tokens that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1). One that is cached
-    runs once a row, not once a pass.
+    parameters * the tokens that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1), and 2 * student
+    parameters * its tokens for each time that the scheme has the student read it besides. One that is cached runs once
+    a row, not once a pass.
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
     steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
@@ -184,7 +185,7 @@ def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> flo
                 continue  # one that the scheme provides is trained, and paid for as such
             if row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
-        total += 6 * student * row.num_tokens
+        total += (6 + 2 * arm.scheme.extra_passes(arm.terms, row.target)) * student * row.num_tokens
         for name, share in asked.items():
             for one, part in _runs(arm.teachers, name, share, passes):
                 total += part * 2 * sizes.of_teacher(one) * row.tokens_for(one)

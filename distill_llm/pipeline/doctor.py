@@ -20,11 +20,14 @@ from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.capture_stage import captured_teachers, plan_captures, write_capture
 from distill_llm.pipeline.publish import licence_warnings
-from distill_llm.pipeline.rationale_stage import Material, check, read_material
+from distill_llm.pipeline.rationale_checks import check_teacher
+from distill_llm.pipeline.rationale_stage import Material, check, read_material, wanted_splits
 from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.standing import failing_teachers, warnings_of, without
 from distill_llm.pipeline.student_stage import check_chat, training_text
+from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.trial import open_teachers, student_view
-from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
+from distill_llm.pipeline.views import TeacherViewer, check_room, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.stages import STUDENT
 
@@ -83,8 +86,9 @@ def examine(recipe: Recipe) -> Diagnosis:
     try:
         splits = check(recipe)
         diagnosis.note("ok", "recipe", "files, models, tokenizers and teachers that it names can be had")
+        recipe = _without_those_that_fail(recipe, splits, diagnosis)
         _licences(recipe, diagnosis)
-        material = _material(recipe, splits, diagnosis)
+        material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
         student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
@@ -92,6 +96,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
         viewers = make_viewers(recipe, student, view)
         rows = _rows(recipe, material, view, viewers)
+        check_room(recipe, rows.rows, student)
         _views(recipe, rows, viewers, diagnosis)
         _cuts(recipe, rows, diagnosis)
         with TemporaryDirectory() as folder:
@@ -100,6 +105,18 @@ def examine(recipe: Recipe) -> Diagnosis:
     except DistillError as error:
         diagnosis.note("error", "recipe", str(error))
     return diagnosis
+
+
+def _without_those_that_fail(recipe: Recipe, splits: Splits, diagnosis: Diagnosis) -> Recipe:
+    """Says which of several teachers of text, and of an ensemble's, would be dropped."""
+    spec, run = recipe.rationales, RunFolder(recipe.folder)
+    if spec is not None and spec.drops_failing and not run.rationales_made_of.exists():
+        for name, reason in check_teacher(spec, wanted_splits(recipe, splits)).items():
+            diagnosis.note("warning", f"teacher {name}", f"it would be dropped: {reason}")
+    lacking = failing_teachers(recipe)
+    for sentence in warnings_of(lacking):
+        diagnosis.note("warning", "ensemble", sentence)
+    return without(recipe, lacking)
 
 
 def _licences(recipe: Recipe, diagnosis: Diagnosis) -> None:
@@ -156,11 +173,11 @@ def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], d
         text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
         end = text if len(text) <= _END_OF_PROMPT else f"... {text[-_END_OF_PROMPT:]}"
         diagnosis.note("ok", f"view of {name}", f"of one row: {end}")
-    for name in repeaters(recipe):
+    for name, target in repeaters(recipe):
         diagnosis.note(
             "warning",
             f"view of {name}",
-            "it is told the gold label and asked for it: on the target label it can only repeat it, which "
+            f"it is told the {target} and asked for it: on the target {target} it can only repeat it, which "
             "cross_entropy does for nothing",
         )
 

@@ -13,6 +13,8 @@ from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.standing import settled
+from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.stages import STUDENT
@@ -56,6 +58,8 @@ def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheR
         )
     main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
     run, material = _claim_with_material(recipe)
+    recipe = settled(recipe, run, progress)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
     captures = _write_captures(recipe, plan, material, run)
     return [*write_caches(recipe, plan.rows.rows, run, progress), *captures]
@@ -68,7 +72,7 @@ def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progres
     """
     quiet_libraries()
     run, material = _claim_with_material(recipe)
-    _train(recipe, material, run, arms, progress, writes_caches=False)
+    _train(settled(recipe, run, progress), material, run, arms, progress, writes_caches=False)
     return run
 
 
@@ -84,6 +88,8 @@ def student_trainer(recipe: Recipe) -> DistillTrainer:
 
     quiet_libraries()
     run, material = _claim_with_material(recipe)
+    recipe = settled(recipe, run, SILENT)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
     require_caches(recipe, plan.rows.rows, run)
     _write_captures(recipe, plan, material, run)
@@ -112,7 +118,7 @@ def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
     folder = claim(recipe)
     gather(recipe, splits, folder, progress)
     material = _material_of(recipe, splits, folder)
-    _train(recipe, material, folder, ["all"], progress, writes_caches=True)
+    _train(settled(recipe, folder, progress), material, folder, ["all"], progress, writes_caches=True)
     return score(recipe, material, folder, progress)
 
 
@@ -128,6 +134,10 @@ def _train(
     from distill_llm.pipeline.cache_stage import require_caches, write_caches
     from distill_llm.pipeline.student_stage import make_plan, train_arms
 
+    everything, material = material, transferred(recipe, material)
+    if recipe.transfer is not None:
+        there, left = len(everything.splits.train), len(material.splits.train)
+        progress.say(f"transfer: the student sees {left:,} of {there:,} training examples")
     plan = make_plan(recipe, material, run)
     rows = plan.rows
     counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())

@@ -11,7 +11,6 @@ import yaml
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, storage, write_text
-from distill_llm.rationales.spec import MANNER
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe, model_folder
 
@@ -21,7 +20,6 @@ _FREE = (
     "train.workers",
     "train.report_to",
     "train.keep_checkpoints",
-    *(f"rationales.{name}" for name in MANNER),
 )
 """Keys that no finished training depends on."""
 
@@ -57,6 +55,13 @@ class RunFolder:
     def ledgers(self) -> list[Path]:
         return sorted(self.rationale_folder.glob("ledger*.json"))
 
+    def dropped(self, process: int = 0) -> Path:
+        """Which of several teachers a process asks no more, and why."""
+        return self.rationale_folder / (f"dropped.{process}.json" if process else "dropped.json")
+
+    def all_dropped(self) -> list[Path]:
+        return sorted(self.rationale_folder.glob("dropped*.json"))
+
     def rationales(self, split: str) -> Path:
         return self.rationale_folder / f"{split}.parquet"
 
@@ -80,6 +85,11 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer"
+
+    @property
+    def lacking(self) -> Path:
+        """Teachers of soft labels that its ensembles do without, and why."""
+        return self.root / "lacking_teachers.json"
 
     def signals(self, teacher: str) -> Path:
         """Where the signals of a cached teacher lie, unless it names another folder."""
@@ -157,8 +167,9 @@ def settled(recipe: Recipe) -> dict[str, Any]:
 
 
 def _free_keys(recipe: Recipe) -> tuple[str, ...]:
-    teacher = recipe.rationales.teacher.manner if recipe.rationales else ()
-    return _FREE + tuple(f"rationales.teacher.{name}" for name in teacher)
+    free = _FREE + (recipe.rationales.manner if recipe.rationales else ())
+    teachers = recipe.teachers.items()
+    return free + tuple(f"teachers.{name}.{key}" for name, teacher in teachers for key in sorted(teacher.manner))
 
 
 def _refuse_another(recipe: Recipe, run: RunFolder) -> None:

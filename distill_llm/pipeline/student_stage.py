@@ -19,7 +19,7 @@ from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_a
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
-from distill_llm.pipeline.views import is_asked, make_viewers
+from distill_llm.pipeline.views import check_room, is_asked, make_viewers
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.stages import STUDENT
@@ -48,6 +48,7 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         label_from=recipe.label_from,
         viewers=make_viewers(recipe, student, view),
     )
+    check_room(recipe, rows.rows, student)
     return Plan(plan_arms(recipe, rows.rows, _sizes(recipe, student, run)), rows)
 
 

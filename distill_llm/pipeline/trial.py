@@ -15,13 +15,18 @@ from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.on_policy import OnPolicy
 from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.teachers.frozen import Frozen
 from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
-    from distill_llm.core.example import Example
+    from distill_llm.core.example import Example, Target
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.evaluation.likelihood import LabelScores
+    from distill_llm.evaluation.predict import Predictions
+    from distill_llm.recipe.train import TrainSpec
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
@@ -72,11 +77,14 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
     student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
+    spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
+    if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
+        return _make_trl_trainer(trial, recipe.scheme, student, spec)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
         trial.rows,
-        spec=recipe.train.model_copy(update={"learning_rate": trial.learning_rate}),
+        spec=spec,
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
@@ -84,6 +92,27 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.training_seed,
+    )
+
+
+def _make_trl_trainer(trial: Trial, scheme: OnPolicy, student: LoadedModel, spec: TrainSpec) -> Any:
+    """Trainer and fit know each other by transformers.Trainer alone."""
+    from distill_llm.training.trl import make_trl_trainer
+
+    (term,) = trial.arm.terms
+    teacher = trial.recipe.teachers[term.teacher or ""]
+    assert isinstance(teacher, Frozen), "the recipe was checked"
+    return make_trl_trainer(
+        student,
+        trial.rows,
+        spec=spec,
+        max_steps=trial.arm.max_steps,
+        scheme=scheme,
+        term=term,
+        teacher=teacher.load(_facts(student))[0],
+        validate=_validator(trial, student),
+        folder=trial.folder,
+        seed=trial.recipe.training_seed,
     )
 
 
@@ -167,6 +196,32 @@ def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective:
     add_heads(student, widths)
 
 
+def answers(
+    recipe: Recipe,
+    model: Any,
+    view: StudentView,
+    examples: Sequence[Example],
+    target: Target,
+    *,
+    progress: Progress,
+    name: str,
+) -> tuple[Predictions, LabelScores | None]:
+    """What the model answers, as the recipe asks: written, or, of labels, the likeliest, then with their scores."""
+    from distill_llm.evaluation.likelihood import score_labels
+    from distill_llm.evaluation.predict import predict
+
+    settings: dict[str, Any] = {
+        "batch_rows": recipe.evaluate.batch_rows,
+        "progress": progress,
+        "name": name,
+    }
+    if recipe.evaluate.by == "likelihood" and target == "label":
+        scores = score_labels(model, view, examples, **settings)
+        return scores.predictions(recipe.task), scores
+    most = max_new_tokens(recipe)
+    return predict(model, view, examples, task=recipe.task, target=target, max_new_tokens=most, **settings), None
+
+
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
     """The task's accuracy on the labelled validation examples, None without any; every rank scores its share.
 
@@ -177,7 +232,6 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
         return None
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT
-    from distill_llm.evaluation.predict import predict
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
     scheme = trial.recipe.scheme
@@ -186,17 +240,8 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
         part = my_share(labelled)
         right = 0
         if part:
-            predictions = predict(
-                model,
-                view,
-                part,
-                task=trial.recipe.task,
-                target=trial.arm.evaluate_target,
-                batch_rows=trial.recipe.evaluate.batch_rows,
-                max_new_tokens=max_new_tokens(trial.recipe),
-                progress=SILENT,
-                name="validation",
-            )
+            target = trial.arm.evaluate_target
+            predictions, _ = answers(trial.recipe, model, view, part, target, progress=SILENT, name="validation")
             right = sum(bool(one.correct) for one in predictions.items)
         right, asked = summed(right, len(part))
         return right / max(asked, 1)

@@ -14,6 +14,7 @@ from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
+from distill_llm.recipe.transfer import TransferSpec
 from distill_llm.schemes.base import Scheme
 from distill_llm.schemes.stages import Sections, Stage, check_stages
 from distill_llm.schemes.step_by_step import StepByStep
@@ -38,6 +39,9 @@ class Recipe(Component):
     rationales: RationaleSpec | None = Field(default=None, description="absent: labels only, from the data")
     label_from: LabelSource = Field(
         default="gold", description="whose labels the student learns; gold_else_teacher: votes where the data has none"
+    )
+    transfer: TransferSpec | None = Field(
+        default=None, description="classes that the student never sees examples of; absent: it sees all"
     )
     student: StudentSpec
     teachers: dict[str, AnyTensorTeacher] = Field(default_factory=dict, description="teachers of soft labels, by name")
@@ -92,6 +96,9 @@ class Recipe(Component):
     def _sections_agree(self) -> Recipe:
         asked = self.rationales
         for name, teacher in self.teachers.items():
+            view = teacher.own_view()
+            if view is not None and view.rationale and asked is None:
+                raise ValueError(f"teachers.{name}.view.rationale: the recipe has no `rationales` section to tell from")
             try:
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
@@ -118,12 +125,16 @@ class Recipe(Component):
             )
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
+        self._scheme_fits()
+        self._ablations_exist()
+        return self
+
+    def _scheme_fits(self) -> None:
         try:
             self._scheme_fits()
         except ValueError as error:
             raise ValueError(f"scheme: {error}") from None
-        self._ablations_exist()
-        return self
+        self.scheme.check_recipe(self)
 
     def _scheme_fits(self) -> None:
         taken = sorted(self.scheme.provides & set(self.teachers))

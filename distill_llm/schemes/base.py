@@ -6,7 +6,7 @@ M tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from distill_llm.core.example import Target
     from distill_llm.core.features import Reading
+    from distill_llm.data.collate import Collator
     from distill_llm.models.head import OutputHead
     from distill_llm.models.load import LoadedModel
     from distill_llm.models.spec import StudentSpec
@@ -34,6 +36,21 @@ Comparison = tuple[Signals | LazySignals, Mapping[str, Taught]]
 """A student's signals, and those of its teachers. A teacher's are lazy only where the student's are."""
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where a training stands before an optimiser step: ``step`` steps are done, which is a share ``progress`` (0..1).
+
+    ``objective`` has its terms of this step. ``collator`` is what the batches were made with.
+    """
+
+    step: int
+    progress: float
+    seed: int
+    objective: Objective
+    collator: Collator
+    tokenizer: Any
+
+
 class Scheme(Component):
     """Base of all schemes. A new hook belongs here only with a default that suits every other scheme.
 
@@ -43,6 +60,9 @@ class Scheme(Component):
 
     provides: ClassVar[frozenset[str]] = frozenset()
     """Names of teachers that terms may name, and that are models of the training itself."""
+
+    writes: ClassVar[bool] = False
+    """It has the student write some of the texts that it learns from."""
 
     def stages(self, sections: Sections) -> tuple[Stage, ...]:
         """The trainings of a recipe, each after those that it needs; the student's is the last.
@@ -116,8 +136,23 @@ class Scheme(Component):
         """The objective of one optimiser step, the ``step``-th from 0; what is drawn for it is drawn from ``seed``."""
         return objective
 
-    def prepare(self, batches: list[Batch], model: Any) -> list[Batch]:
-        """Rewrites the batches of one optimiser step, before their tokens are counted."""
+    def check_recipe(self, recipe: Any) -> None:
+        """Raises ValueError where the sections of ``recipe``, a Recipe, do not suit it. Reads no file."""
+
+    def check(self, recipe: Any) -> None:
+        """Raises ConfigError where what it needs cannot be had. Loads no weights; called before anything is written."""
+
+    def extra_passes(self, terms: Sequence[Term], target: Target) -> float:
+        """How often the student reads a row of ``target`` besides its training step, without a gradient, on average
+        over a training with these terms: for the compute of an arm."""
+        return 0.0
+
+    def written_tokens(self, target: Target) -> int:
+        """Tokens of the longest text that the student may write for ``target``; 0 where it writes none."""
+        return 0
+
+    def prepare(self, batches: list[Batch], model: Any, moment: Moment) -> list[Batch]:
+        """Rewrites the batches of one optimiser step, before their tokens are counted. ``model`` is not wrapped."""
         return batches
 
     def compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distill_llm.core.sparse import SparseSignals
     from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
+    from distill_llm.teachers.several import Member
     from distill_llm.teachers.view import Reader, TeacherView
 
 
@@ -53,7 +54,8 @@ Prompt: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to be had; ``sample`` counts from 0. ``hinted``: the prompt tells the gold label.
+    """One completion to be had; ``sample`` counts from 0. ``hinted``: the prompt tells the gold label. ``teacher``:
+    which of several is asked.
 
     ``key`` holds all that decides the text, the seed of sampling included: a teacher that draws, draws by it.
     """
@@ -64,6 +66,7 @@ class Request:
     sample: int
     prompt: Prompt
     hinted: bool = False
+    teacher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,14 @@ class TextTeacherSpec(Component):
     """Log-probabilities that come with its completions are of ids of its tokenizer, and not of texts."""
 
     licence: str = Field(default="", description="of what it writes, for cards; empty: that of the model where known")
+
+    def members(self) -> Mapping[str, Member]:
+        """Teachers that write in its place, by name; none for one that writes itself."""
+        return {}
+
+    def content(self) -> dict[str, Any]:
+        """All of the section that decides what it writes."""
+        return self.model_dump(mode="json", exclude=set(self.manner))
 
     def check(self, *, chat: bool, sampling: Sampling) -> None:
         """Raises ConfigError where it cannot be had, or cannot do what is asked. Loads no weights, costs nothing.
@@ -235,8 +246,19 @@ class TensorTeacherSpec(Component):
     knows: ClassVar[frozenset[Target]] = frozenset(TARGETS)
     """Targets of which it can say something."""
 
+    instead_of_mixing: ClassVar[str] = ""
+    """What to do where it does not give logits, and an ensemble names it."""
+
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
+
+    def may_lack(self, name: str) -> bool:
+        """Whether it goes on without this one of those that it is made of."""
+        return False
+
+    def without(self, names: Collection[str]) -> TensorTeacherSpec:
+        """The same, made of the others alone."""
+        return self
 
     def members(self) -> tuple[str, ...]:
         """Names of the recipe's other teachers that are opened with it, and that it is made of."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from distill_llm.cache.last_hidden import LastHidden
-from distill_llm.cache.payload import Payload
+from distill_llm.cache.payload import Kept, Payload
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.component import any_of
 from distill_llm.core.errors import ConfigError, StorageError
@@ -43,7 +43,7 @@ class CachedWords:
 
     def signals(self, batch: Batch) -> SparseSignals:
         columns, about = _found(self.shards, batch)
-        return self._payload.decode(columns, about, width=self._width, temperatures=self._temperatures)
+        return self._payload.decode(Kept(columns, about, self._width, self._temperatures))
 
 
 class CachedHidden:
@@ -96,6 +96,7 @@ class Cached(TensorTeacherSpec):
 
     manner: ClassVar[frozenset[str]] = frozenset({"folder", "shard_megabytes"})
     asked_once: ClassVar[bool] = True
+    instead_of_mixing: ClassVar[str] = "Let the cache be of the ensemble, or keep `payload: {kind: last_hidden}`"
     kind: Literal["cached"] = "cached"
     has_layers: ClassVar[bool] = False
     of: str = Field(min_length=1, description="name of another teacher of the recipe")

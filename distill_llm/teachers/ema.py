@@ -72,7 +72,9 @@ class Ema(TensorTeacherSpec):
 
     moves: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
-    decay: float = Field(default=0.999, gt=0, lt=1, description="what is kept of the average at each step")
+    decay: float = Field(
+        default=0.999, ge=0, lt=1, description="what is kept of the average at each step; 0: the student as it is"
+    )
     view: TeacherView | None = Field(default=None, description="absent: it reads what the student reads")
 
     def own_view(self) -> TeacherView | None:

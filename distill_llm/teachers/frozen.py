@@ -67,13 +67,18 @@ class Frozen(TensorTeacherSpec):
         )
 
     def check(self) -> None:
-        from distill_llm.models.load import check_bits, choose_device, read_config
+        from distill_llm.models.load import check_bits, check_weights, choose_device, read_config
 
         choose_device(self.device, where=f"{self._where}.device")
         read_config(self.model, self.revision, where=self._where)
+        check_weights(self.model, where=self._where)
         check_bits(self.model, self.load_in, where=self._where)
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
+        return FrozenTeacher(*self.load(student))
+
+    def load(self, student: StudentFacts) -> tuple[Any, int]:
+        """The model, and how many words it speaks of. Raises ConfigError where these are not the student's."""
         from distill_llm.models.load import choose_device, load_on, read_config, read_tokenizer
 
         where = self._where
@@ -87,7 +92,7 @@ class Frozen(TensorTeacherSpec):
             student.must_share(vocabulary, config, where=where)
         device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
         model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
-        return FrozenTeacher(model, width)
+        return model, width
 
     def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
         from distill_llm.models.load import weights_of

@@ -86,7 +86,7 @@ def make_trainer(
         validate=validate,
         processing_class=student.tokenizer,
         optimizers=(make_optimizer(student.model, spec), None),
-        callbacks=[*_early_stopping(spec, validate), *_tensorboard(spec, folder)],
+        callbacks=callbacks_for(spec, validate, folder),
     )
 
 
@@ -150,6 +150,11 @@ def collator_for(
         for model in models:
             check_packing(model)
     return Collator(pad, None, packs=packs, keyed=keyed, views=views)
+
+
+def callbacks_for(spec: TrainSpec, validate: Validate | None, folder: Path) -> list[TrainerCallback]:
+    """What the recipe asks of a training in ``folder`` besides its steps."""
+    return [*_early_stopping(spec, validate), *_tensorboard(spec, folder)]
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:

@@ -26,7 +26,7 @@ from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_
 from distill_llm.models.lora import save_bits
 from distill_llm.models.peers import Peers, members_of
 from distill_llm.objective import Objective, Watch
-from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.base import Moment, Scheme
 from distill_llm.teachers.base import TensorTeacher
 from distill_llm.training.arguments import DistillArguments
 from distill_llm.training.diagnostics import Diagnostics
@@ -104,15 +104,22 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one step, and each term's tokens in all of them on all ranks."""
         batches = [self._prepare_inputs(batch) for batch in islice(epoch_iterator, num_batches)]
-        batches = self.scheme.prepare(batches, self.model)
         step = self.state.global_step
-        now = self.scheme.at_step(self.objective.at(step / max(1, self.args.max_steps)), step, self.args.seed)
+        progress = step / max(1, self.args.max_steps)
+        now = self.scheme.at_step(self.objective.at(progress), step, self.args.seed)
         self._now = self.scheme.for_learners(now)
+        batches = self.scheme.prepare(batches, self.model, self._moment(progress))
         self._means_steps += 1
         counts = self._counts(batches)
         if self._diagnostics is not None:
+            if self.scheme.writes:
+                self._diagnostics.look_at_own(batches)
             self._watch = self._diagnostics.begin(self._now.terms, counts, closely=self._logs_this_step())
         return batches, counts
+
+    def _moment(self, progress: float) -> Moment:
+        tokenizer = self.processing_class
+        return Moment(self.state.global_step, progress, self.args.seed, self._now, self.collator, tokenizer)
 
     def _logs_this_step(self) -> bool:
         step = self.state.global_step + 1

@@ -217,8 +217,8 @@ def test_the_end_of_sequence_ends_the_writing(tiny_t5: Callable[..., LoadedModel
     model = tiny_t5(seed=4)
     pays = model.tokenizer("ann pays")["input_ids"]
     read = _generator(model, max_new_tokens=5)._read
-    assert read([*pays, 1, 0, 0], 5) == Written("ann pays", 5, 2, ids=tuple(pays))
-    assert read([1, 0], 5) == Written("", 5, 0)
+    assert read([*pays, 1, 0, 0], 5) == Written("ann pays", 5, 2, ids=tuple(pays), end=1)
+    assert read([1, 0], 5) == Written("", 5, 0, end=1)
     assert read(pays, 5) == Written("ann pays", 5, 2, ids=tuple(pays))
     assert read([*pays, *pays, pays[0]], 5).cut
     assert not read([*pays, *pays, 1], 5).cut

@@ -216,3 +216,11 @@ def test_nothing_half_written_is_left_behind(recipe: Any, monkeypatch: pytest.Mo
     with pytest.raises(StorageError, match="The disk is full: free some space"):
         claim(recipe())
     assert list(recipe().folder.iterdir()) == []
+
+
+def test_where_a_cache_lies_and_where_a_teacher_runs_may_change_after_training_began(recipe: Any) -> None:
+    teachers = "teachers={a: {kind: frozen, model: a/b}, c: {kind: cached, of: a}}"
+    _begin_training(claim(recipe(teachers)))
+    claim(recipe(teachers, "teachers.c.folder=/elsewhere", "teachers.c.shard_megabytes=8", "teachers.a.device=cpu"))
+    with pytest.raises(ConfigError, match=r"teachers\.a\.model: 'a/b' there, 'a/c' here"):
+        claim(recipe(teachers, "teachers.a.model=a/c"))
