@@ -113,14 +113,6 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
     return is_encoder_decoder
 
 
-def config_of(spec: StudentSpec, *, where: str = "student") -> Any:
-    """A student's config, before its vocabulary is known; loads no weights."""
-    if not spec.config:
-        return read_config(spec.model, spec.revision, where=f"{where}.model")
-    sizes = {key: value for key, value in spec.config.items() if key != "model_type"}
-    return _config_class(spec.config, f"{where}.config")(**sizes)
-
-
 def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> int:
     """Parameters of a student, adapters aside, without its weights."""
     if not spec.config:
@@ -129,6 +121,22 @@ def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
 
     with torch.device("meta"):
         return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer).num_parameters
+
+
+def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> Any:
+    """A student with its adapters, whose weights have shapes and no numbers."""
+    import torch
+
+    with torch.device("meta"):
+        if spec.config:
+            return _fresh_model(spec.config, tokenizer, f"{where}.config")
+        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        model = _auto_class(config).from_config(config)
+        if spec.lora is not None:
+            from distill_llm.models.lora import add_lora
+
+            model = add_lora(model, spec.lora, spec.revision)
+        return model
 
 
 def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:

@@ -95,7 +95,6 @@ def _check_students(recipe: Recipe) -> None:
     stages = recipe.stages
     begun = {str(run.model(stage.name)) for stage in stages}
     reads_apart = check_student(recipe.student)
-    recipe.scheme.check(recipe.student)
     for stage in stages:
         if stage.name == STUDENT or stage.student.model in begun:
             continue

@@ -98,9 +98,6 @@ class Scheme(Component):
         if taken:
             raise ValueError(f"{taken} are names of terms that the scheme makes itself. Rename them")
 
-    def check(self, student: StudentSpec) -> None:
-        """Raises ConfigError where what it needs cannot be had. Loads no weights."""
-
     def extra_parameters(self, student: LoadedModel, spec: StudentSpec) -> int:
         """Parameters that each token passes besides the student's own, for the compute of a step."""
         return 0

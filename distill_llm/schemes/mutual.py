@@ -121,9 +121,10 @@ class Mutual(Scheme):
                 raise ValueError(f"peer {peer.name}, in all else as `student`: {said}") from None
         return found
 
-    def check(self, student: StudentSpec) -> None:
+    def check(self, recipe: Any) -> None:
         from distill_llm.models.load import check_student, load_tokenizer, read_tokenizer
 
+        student: StudentSpec = recipe.student
         is_encoder_decoder = check_student(student)
         for name, spec in self._beside(student).items():
             where = f"scheme.peers.{name}"

@@ -78,11 +78,12 @@ class SelfDistill(Scheme):
         if all(term.layers is not None or term.until < 1 for term in terms):
             raise ValueError("no term on logits goes on to the end, and the exits learn by no others. Add one")
 
-    def check(self, student: StudentSpec) -> None:
-        from distill_llm.models.exits import decoder_depth
-        from distill_llm.models.load import config_of
+    def check(self, recipe: Any) -> None:
+        from distill_llm.models.exits import config_of, decoder_depth
+        from distill_llm.models.load import check_student
 
-        depth = decoder_depth(config_of(student))
+        check_student(recipe.student)
+        depth = decoder_depth(config_of(recipe.student))
         if self.exits[-1] >= depth:
             raise ConfigError(
                 f"scheme.exits: {self.exits[-1]} is not before the last of the {depth} layers of the student's "

@@ -23,6 +23,7 @@ from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.stages import STUDENT
 from distill_llm.teachers.base import StoredTeacher, TensorTeacher
 from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
@@ -114,7 +115,11 @@ def fit(
         raise Interrupted(f"stopped at step {state.global_step} of {max_steps}; a checkpoint is saved.")
     seconds = clock.seconds
     with storage(folder):
-        learner, others = trainer.save_learners(folder)
+        if isinstance(trainer, DistillTrainer):
+            learner, others = trainer.save_learners(folder)
+        else:  # another engine's, of one student
+            trainer.save_model(str(folder / "model"))
+            learner, others = STUDENT, {}
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
