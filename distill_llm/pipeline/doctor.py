@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,6 @@ from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.trial import open_teachers, student_view
 from distill_llm.pipeline.views import TeacherViewer, check_room, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +92,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
-        student = recipe.scheme.assemble(student, recipe.student, recipe.seed)
+        student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
         check_chat(recipe, tokenizer)
         _stages(recipe, tokenizer, diagnosis)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
@@ -253,7 +252,7 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
     _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
-    for objective in _term_by_term(recipe):
+    for objective in recipe.scheme.for_learners(Objective(recipe.objective).at(0.0)).one_by_one():
         diagnosis.terms.append(_term(recipe, objective, student, teachers, batch))
     for facts in diagnosis.terms:
         if not facts.loss < float("inf"):
@@ -310,13 +309,6 @@ def _mixed(rows: RowSet, number: int) -> list[Any]:
             if waiting and len(chosen) < number:
                 chosen.append(waiting.pop(0))
     return chosen
-
-
-def _term_by_term(recipe: Recipe) -> Iterator[Objective]:
-    objective = recipe.scheme.for_learners(Objective(recipe.objective).at(0.0))
-    learners = objective.learners or (STUDENT,) * len(objective.terms)
-    for term, learner in zip(objective.terms, learners, strict=True):
-        yield Objective([term], [learner])
 
 
 def _term(
