@@ -73,6 +73,7 @@ _IN_ORDER = (
     ("distill_llm.data.collate", ("Collator",)),
     ("distill_llm.schemes.stages", ()),
     ("distill_llm.schemes.base", ()),
+    ("distill_llm.schemes.step_by_step", ()),
     ("distill_llm.schemes", ()),
 )
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_llm.core.errors import ConfigError, DataError, StorageError
 from distill_llm.core.files import read_json, write_json, write_text
+from distill_llm.evaluation.avalanche import Avalanche, to_avalanche_markdown
 from distill_llm.evaluation.classes import ClassRecall, class_markdown, recall_of_classes
 from distill_llm.evaluation.statistics import RESAMPLED_FROM, accuracy_interval, mcnemar_exact, paired_difference
 from distill_llm.evaluation.text_tables import (
@@ -107,6 +108,7 @@ class Scorecard(_Record):
     classes: tuple[ClassRecall, ...] = ()
     teacher_retention: float | None = Field(description="student accuracy / accuracy of the strongest teacher")
     size_ratio: float | None = Field(description="parameters of that teacher / parameters of the student")
+    avalanche: Avalanche | None = Field(default=None, description="of a run with several stages")
     verdict: str
     notes: tuple[str, ...]
     versions: dict[str, str]
@@ -126,6 +128,7 @@ def build_scorecard(
     seed: int,
     split: str = "test",
     notes: Sequence[str] = (),
+    avalanche: Avalanche | None = None,
     resamples: int = 10_000,
     confidence: float = 0.95,
     labels: Sequence[str] = (),
@@ -159,6 +162,7 @@ def build_scorecard(
         classes=recall_of_classes({name: right for name, (_, right) in results.items()}, labels, left_out),
         teacher_retention=_retention(main, teacher),
         size_ratio=_size_ratio(main, teacher),
+        avalanche=avalanche,
         verdict=verdict(student, entries, comparisons, split=split),
         notes=(*notes, _interval_note(resamples, confidence), ONE_RUN_NOTE),
         versions=dict(versions),
@@ -225,6 +229,8 @@ def to_markdown(scorecard: Scorecard) -> str:
         parts += ["## Comparisons", markdown_table(_comparison_header(scorecard), rows, numbers_from=1)]
     if scorecard.classes:
         parts += ["## Classes", class_markdown(scorecard.classes)]
+    if scorecard.avalanche is not None:
+        parts += ["## Error avalanche", to_avalanche_markdown(scorecard.avalanche)]
     versions = ", ".join(f"{name} {version}" for name, version in scorecard.versions.items())
     made = f"Made on {scorecard.created.isoformat()} with {versions}, on {scorecard.hardware}."
     parts += ["## Notes", "\n".join(f"- {note}" for note in (*scorecard.notes, made))]

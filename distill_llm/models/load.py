@@ -123,6 +123,22 @@ def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
         return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer).num_parameters
 
 
+def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> Any:
+    """A student with its adapters, whose weights have shapes and no numbers."""
+    import torch
+
+    with torch.device("meta"):
+        if spec.config:
+            return _fresh_model(spec.config, tokenizer, f"{where}.config")
+        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        model = _auto_class(config).from_config(config)
+        if spec.lora is not None:
+            from distill_llm.models.lora import add_lora
+
+            model = add_lora(model, spec.lora, spec.revision)
+        return model
+
+
 def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:
     """The student's tokenizer, with a padding token. ``training_text`` feeds a fresh one, and is not read otherwise."""
     if not isinstance(spec.tokenizer, str):

@@ -39,6 +39,7 @@ class Arm:
     evaluate_target: Target
     after: tuple[str, ...] = ()
     scored: bool = True
+    validated: bool = True
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -62,9 +63,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Parameters of the student of each stage, and of the recipe's teachers that are run beside a student.
+    """Parameters of the student of each stage, and of the teachers that are run beside a student.
 
-    ``beside``: of what else is trained with the student of a stage, such as its peers.
+    Those of stages that teach under their own names are among ``stages``. ``beside``: of what else is trained with the
+    student of a stage, such as its peers.
     """
 
     stages: Mapping[str, int]
@@ -76,7 +78,7 @@ class Sizes:
         return self.stages[STUDENT]
 
     def of_teacher(self, name: str) -> int:
-        """Of one of the recipe's teachers, or of an earlier stage that teaches under its own name."""
+        """Of a teacher, or of an earlier stage that teaches under its own name."""
         return self.teachers[name] if name in self.teachers else self.stages[name]
 
 
@@ -144,6 +146,7 @@ def _stage_arm(recipe: Recipe, stage: Stage, steps: int) -> Arm:
         evaluate_target=_asked(recipe, stage.terms),
         after=stage.after,
         scored=stage.scored,
+        validated=stage.validated,
     )
 
 

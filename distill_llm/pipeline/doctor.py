@@ -19,6 +19,7 @@ from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.capture_stage import captured_teachers, plan_captures, write_capture
+from distill_llm.pipeline.needs import needs_of_stages, summary_of
 from distill_llm.pipeline.publish import licence_warnings
 from distill_llm.pipeline.rationale_checks import check_teacher
 from distill_llm.pipeline.rationale_stage import Material, check, read_material, wanted_splits
@@ -83,6 +84,7 @@ def examine(recipe: Recipe) -> Diagnosis:
     """
     diagnosis = Diagnosis()
     try:
+        recipe = recipe.resolved()
         splits = check(recipe)
         diagnosis.note("ok", "recipe", "files, models, tokenizers and teachers that it names can be had")
         recipe = _without_those_that_fail(recipe, splits, diagnosis)
@@ -92,6 +94,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         student = build_student(recipe.student, tokenizer)
         student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
         check_chat(recipe, tokenizer)
+        _stages(recipe, tokenizer, diagnosis)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder)
         viewers = make_viewers(recipe, student, view)
         rows = _rows(recipe, material, view, viewers)
@@ -116,6 +119,17 @@ def _without_those_that_fail(recipe: Recipe, splits: Splits, diagnosis: Diagnosi
     for sentence in warnings_of(lacking):
         diagnosis.note("warning", "ensemble", sentence)
     return without(recipe, lacking)
+
+
+def _stages(recipe: Recipe, tokenizer: Any, diagnosis: Diagnosis) -> None:
+    """The trainings that the scheme makes of the recipe, where these are several."""
+    if len(recipe.stages) < 2:
+        return
+    needs = needs_of_stages(recipe, tokenizer)
+    for one in needs:
+        diagnosis.note("ok", f"stage {one.name}", str(one))
+    said, fits = summary_of(needs, recipe.folder)
+    diagnosis.note("ok" if fits else "warning", "all stages", said)
 
 
 def _licences(recipe: Recipe, diagnosis: Diagnosis) -> None:

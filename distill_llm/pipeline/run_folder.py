@@ -22,6 +22,10 @@ _FREE = (
     "train.keep_checkpoints",
 )
 """Keys that no finished training depends on."""
+_OF_ARMS = ("student.", "teachers", "scheme", "objective", "train")
+"""Keys that decide single trainings: the plan of each says which (``pipeline.plan_facts``)."""
+_OF_ALL = ("student.tokenizer", "student.prefixes")
+"""Keys among these that decide the rows or the tokenizer of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,31 @@ class RunFolder:
     def predictions(self, name: str) -> Path:
         return self.root / "predictions" / f"{name}.jsonl"
 
+    def plan(self, name: str) -> Path:
+        """What decides the arm's weights."""
+        return self.arm(name) / "plan.json"
+
+    def planned_arms(self) -> list[str]:
+        """Those whose training has begun."""
+        return sorted(path.parent.name for path in self.models.glob("*/plan.json"))
+
+    def set_aside(self, names: Sequence[str]) -> Path:
+        """Moves these arms and their predictions to a new folder of ``models/.before``, which it gives."""
+        before = self.models / ".before"
+        with storage(before):
+            taken = [int(path.name) for path in before.glob("*") if path.name.isdecimal()]
+            folder = before / str(max(taken, default=0) + 1)
+            folder.mkdir(parents=True)
+            for name in names:
+                self.arm(name).rename(folder / name)
+                if self.predictions(name).exists():
+                    self.predictions(name).rename(folder / name / "predictions.jsonl")
+        return folder
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.recipe, text)
+
     @property
     def scorecard(self) -> Path:
         return self.root / "scorecard.json"
@@ -131,7 +160,8 @@ class RunFolder:
 def claim(recipe: Recipe) -> RunFolder:
     """The recipe's run folder, made or found again.
 
-    Raises ConfigError where it holds something else, or models that were trained with other settings.
+    Raises ConfigError where it holds something else, or models that were trained on other rows. Where only some of its
+    trainings would be others, its recipe stays until ``settle`` has looked at each.
     """
     run = RunFolder(recipe.folder)
     with storage(run.root):
@@ -140,10 +170,21 @@ def claim(recipe: Recipe) -> RunFolder:
         raise ConfigError(
             f"run_dir: {run.root} exists, is not empty, and is not a run folder. Choose another: run_dir=runs/my-run."
         )
-    if run.recipe.exists():
-        _refuse_another(recipe, run)
-    write_text(run.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    changed = _changed(recipe, run) if run.recipe.exists() else {}
+    if not run.training_has_begun:
+        # completions are found by their own keys, so that only the name and the task must agree
+        _refuse({key: said for key, said in changed.items() if key.split(".")[0] in ("name", "task")}, run)
+        run.save_recipe(recipe)
+        return run
+    _refuse({key: said for key, said in changed.items() if _is_of_all(key, recipe)}, run)
+    if not changed:
+        run.save_recipe(recipe)
     return run
+
+
+def what_differs(recipe: Recipe, run: RunFolder) -> list[str]:
+    """A line for each key that single trainings depend on and that is another in the folder's recipe."""
+    return _shown(_changed(recipe, run))
 
 
 def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, Recipe]:
@@ -172,23 +213,39 @@ def _free_keys(recipe: Recipe) -> tuple[str, ...]:
     return free + tuple(f"teachers.{name}.{key}" for name, teacher in teachers for key in sorted(teacher.manner))
 
 
-def _refuse_another(recipe: Recipe, run: RunFolder) -> None:
+def _changed(recipe: Recipe, run: RunFolder) -> dict[str, tuple[Any, Any]]:
+    """Keys that some training depends on and that differ, with what is there and what is here."""
     before = dict(_flat(parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))))
     now = dict(_flat(recipe.model_dump(mode="json")))
     free = _free_keys(recipe)
-    changed = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(free)
-    )
-    if not run.training_has_begun:
-        # completions are found by their own keys, so that only the name and the task must agree
-        changed = [key for key in changed if key.split(".")[0] in ("name", "task")]
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and (key.startswith("evaluate.ablations") or not key.startswith(free))
+    }
+
+
+def _is_of_all(key: str, recipe: Recipe) -> bool:
+    """Whether all trainings depend on the key: their rows or their tokenizer."""
+    if key.startswith("evaluate.ablations"):
+        return False
+    if not recipe.student.tokenizer and key in ("student.model", "student.revision"):
+        return True  # the tokenizer is the model's own
+    return key.startswith(_OF_ALL) or not key.startswith(_OF_ARMS)
+
+
+def _refuse(changed: Mapping[str, tuple[Any, Any]], run: RunFolder) -> None:
     if changed:
-        shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:8])
-        more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
+        lines = "\n".join(_shown(changed))
         raise ConfigError(
-            f"run_dir: {run.root} was filled by another recipe:\n{shown}{more}\nChoose another folder "
+            f"run_dir: {run.root} was filled by another recipe:\n{lines}\nChoose another folder "
             f"(run_dir=runs/another), or delete this one to start anew."
         )
+
+
+def _shown(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    lines = [f"  {key}: {there!r} there, {here!r} here" for key, (there, here) in list(changed.items())[:8]]
+    return lines + ([f"  and {len(changed) - 8} more"] if len(changed) > 8 else [])
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

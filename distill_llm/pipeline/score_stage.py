@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.example import Splits
-from distill_llm.core.files import read_json, write_text
+from distill_llm.core.files import read_json
 from distill_llm.core.progress import Progress
 from distill_llm.data.view import StudentView
 from distill_llm.evaluation.likelihood import fit_bias
@@ -22,6 +20,7 @@ from distill_llm.evaluation.predict import Predictions
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
+from distill_llm.pipeline.avalanche_stage import avalanche_of, save_predictions
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.standing import warnings_of
@@ -55,6 +54,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
     biases: list[str] = []
     for arm in sorted(arms, key=lambda name: (name != STUDENT, name)):
         results |= _score_arm(recipe, material, run, arm, progress, biases)
+    answers = {arm: results[arm.replace("_", " ")][1] for arm in arms}
     labels = _labels_of_classes(material)
     scorecard = build_scorecard(
         results,
@@ -69,6 +69,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
         notes=[*_notes(recipe, run), *biases],
         labels=labels,
         left_out=left_out(recipe, labels),
+        avalanche=avalanche_of(recipe, material.splits.test, run, answers, progress),
     )
     save_scorecard(run.root, scorecard)
     return scorecard
@@ -132,8 +133,7 @@ def _score_arm(
         predictions = scores.predictions(recipe.task, bias)
     right = [bool(one.correct) for one in predictions.items]
     _agree_with_metric(recipe, material, predictions, right)
-    lines = [json.dumps(asdict(one), ensure_ascii=False) for one in predictions.items]
-    write_text(run.predictions(arm), "\n".join(lines) + "\n")
+    save_predictions(run, arm, predictions)
     facts = Facts(
         role=trained["role"],
         description=trained["description"],

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.core.files import fingerprint, read_json, storage, write_json
+from distill_llm.core.files import read_json, storage, write_json
 from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
 from distill_llm.data.rows import RowSet, build_rows, target_texts
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer, parameters_of, read_tokenizer
 from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
+from distill_llm.pipeline.plan_facts import write_plan
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
@@ -65,9 +66,12 @@ def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
         else:
             where = f"scheme: stage '{stage.name}'"
             stages[stage.name] = parameters_of(stage.student, student.tokenizer, where=where)
-    asked = (name for name in recipe.teachers if is_asked(recipe, name))
+    teachers = {name: spec for name, spec in recipe.teachers.items() if is_asked(recipe, name)}
+    for stage in recipe.stages:
+        own = {name for name in stage.teachers if name not in recipe.teachers and name not in stages}
+        teachers |= {name: stage.teachers[name] for name in own}
     beside = {STUDENT: recipe.stages[-1].scheme.extra_parameters(student, recipe.student)}
-    return Sizes(stages, {name: recipe.teachers[name].num_parameters(size) for name in asked}, beside)
+    return Sizes(stages, {name: spec.num_parameters(size) for name, spec in teachers.items()}, beside)
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
@@ -87,49 +91,29 @@ def train_arms(
 ) -> None:
     """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks.
 
-    An arm that needs others waits for them; all that need nothing more are trained side by side.
+    An arm that needs others waits for them; all that need nothing more are trained side by side. The folder's arms
+    are those of the plan (``settle``).
     """
     if all(example.label is None for example in material.splits.validation):
         progress.say("no validation example has a label: nothing is validated, and the last step is kept")
-    waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, recipe, plan, run)]
+    waiting = [arm for arm in choose(plan.arms, names) if not run.result(arm.name).exists()]
     for arm in waiting:
-        write_json(run.arm(arm.name) / "plan.json", plan_facts(arm, recipe, plan))
-    rates = recipe.train.tune or (recipe.train.learning_rate,)
+        write_plan(arm, recipe, plan.arms, run)
     while waiting:
         unfinished = {arm.name for arm in waiting}
         ready = [arm for arm in waiting if unfinished.isdisjoint(arm.after)]
-        trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in ready for rate in rates]
+        trials = [
+            make_trial(recipe, material, plan, run, arm, rate) for arm in ready for rate in _rates_of(arm, recipe)
+        ]
         results = run_trials(trials, recipe.train.workers, progress)
         pairs = list(zip(trials, results, strict=True))
         main_first(partial(_keep_best_of, ready, pairs, run))
         waiting = [arm for arm in waiting if arm not in ready]
 
 
-def plan_facts(arm: Arm, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What decides the arm's weights, but for the recipe's sections that all arms share."""
-    facts: dict[str, Any] = {
-        "description": arm.description,
-        "max_steps": arm.max_steps,
-        "terms": [term.model_dump(mode="json") for term in arm.terms],
-        "target": arm.evaluate_target,
-    }
-    if arm.student != recipe.student:
-        facts["student"] = arm.student.model_dump(mode="json")
-    if arm.after:
-        by_name = {one.name: one for one in plan.arms}
-        facts["after"] = {name: fingerprint(plan_facts(by_name[name], recipe, plan)) for name in arm.after}
-    return facts
-
-
-def _is_trained(arm: Arm, recipe: Recipe, plan: Plan, run: RunFolder) -> bool:
-    """Raises ConfigError where the folder holds an arm of this name with another plan."""
-    path = run.arm(arm.name) / "plan.json"
-    if path.exists() and fingerprint(read_json(path)) != fingerprint(plan_facts(arm, recipe, plan)):
-        raise ConfigError(
-            f"{run.arm(arm.name)}: this arm was planned otherwise ({path.name} says how). Delete the folder to train "
-            "it anew, or give the arm another name."
-        )
-    return run.result(arm.name).exists()
+def _rates_of(arm: Arm, recipe: Recipe) -> tuple[float, ...]:
+    """Where validation cannot choose, the recipe has chosen."""
+    return recipe.train.tune if recipe.train.tune and arm.validated else (recipe.train.learning_rate,)
 
 
 def _keep_best_of(arms: Sequence[Arm], pairs: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
@@ -141,7 +125,7 @@ def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: Ru
     """Moves the model with the best validation accuracy up to the arm's folder; those that learned beside the student
     to folders of their own."""
     best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
-    facts = read_json(run.arm(arm.name) / "plan.json") | {"role": arm.role, "scored": arm.scored}
+    facts = read_json(run.plan(arm.name)) | {"scored": arm.scored}
     learner, others = result.get("learner", STUDENT), result.get("others", {})
     if learner != STUDENT and others:
         facts["description"] += f" ({learner}, the best of {len(others) + 1} on validation)"

@@ -223,12 +223,13 @@ def answers(
 
 
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
-    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share.
+    """The task's accuracy on the labelled validation examples; every rank scores its share.
 
-    Where several learn in one training, `accuracy` is that of the one that would become the student.
+    None without any, or where the arm is not chosen by it. Where several learn in one training, `accuracy` is that of
+    the one that would become the student.
     """
     labelled = [example for example in trial.validation if example.label is not None]
-    if not labelled:
+    if not labelled or not trial.arm.validated:
         return None
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT

@@ -175,7 +175,11 @@ def _explain(details: Mapping[str, Any], data: Any) -> str:
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{where}: {_unknown_kind(details)}"
     if details["type"] == "value_error":
-        return message if message.startswith(("objective.", "objective:", "evaluate.")) else f"{where}: {message}."
+        return (
+            message
+            if message.startswith(("objective.", "objective:", "evaluate.", "scheme:"))
+            else f"{where}: {message}."
+        )
     return f"{where}: {message}; it is {value!r}."
 
 

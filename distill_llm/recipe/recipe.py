@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,7 +16,7 @@ from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
 from distill_llm.recipe.transfer import TransferSpec
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import Sections, Stage, check_stages
+from distill_llm.schemes.stages import Sections, Stage, check_stages, check_terms
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.tasks.base import Task
 from distill_llm.teachers.base import TensorTeacherSpec
@@ -58,6 +58,11 @@ class Recipe(Component):
     def stages(self) -> tuple[Stage, ...]:
         """What the scheme makes of the recipe; the student's training is the last."""
         return self.scheme.stages(self._sections)
+
+    def resolved(self) -> Recipe:
+        """With all filled in that configs of models decide (``Scheme.resolved``)."""
+        scheme = self.scheme.resolved(self._sections)
+        return self if scheme == self.scheme else self.model_copy(update={"scheme": scheme})
 
     @property
     def _sections(self) -> Sections:
@@ -103,18 +108,8 @@ class Recipe(Component):
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
                 raise ValueError(f"teachers.{name}: {error}") from None
-        for term in self.objective:
-            known = sorted({*self.teachers, *self.scheme.provides})
-            if term.teacher is not None and term.teacher not in known:
-                raise ValueError(
-                    f"objective.{term.name}.teacher: '{term.teacher}' is not one of {known}. Add it under `teachers:`"
-                )
-            self._teacher_fits(term)
-            if self.rationales is None and set(term.targets) != {"label"}:
-                raise ValueError(
-                    f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
-                    "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
-                )
+        check_terms(self.objective, self.teachers, self.scheme.provides)
+        self._rationales_are_there(self.objective)
         if self.label_from != "gold" and self.rationales is None:
             raise ValueError(f"label_from: {self.label_from} needs a `rationales` section: its teacher gives labels")
         if self.label_from == "teacher" and self.rationales is not None and self.rationales.hint_retry is not None:
@@ -123,40 +118,30 @@ class Recipe(Component):
                 "wrong there: label and rationale would contradict each other. Set label_from: gold, or "
                 "gold_else_teacher"
             )
-        if all(term.until < 1 for term in self.objective):
-            raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         self._scheme_fits()
         self._ablations_exist()
         return self
 
     def _scheme_fits(self) -> None:
         try:
-            self._scheme_fits()
+            taken = sorted(self.scheme.provides & set(self.teachers))
+            if taken:
+                raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
+            stages = self.stages
+            check_stages(stages, self._sections)
+            self.scheme.check_terms(self.objective, self.teachers)
+            self._rationales_are_there(term for stage in stages for term in stage.terms)
         except ValueError as error:
             raise ValueError(f"scheme: {error}") from None
         self.scheme.check_recipe(self)
 
-    def _scheme_fits(self) -> None:
-        taken = sorted(self.scheme.provides & set(self.teachers))
-        if taken:
-            raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
-        check_stages(self.stages, self._sections)
-        self.scheme.check_terms(self.objective, self.teachers)
-
-    def _teacher_fits(self, term: Term) -> None:
-        if term.teacher is None or term.teacher in self.scheme.provides:
-            return
-        teacher = self.teachers[term.teacher]
-        unknown = [target for target in term.targets if target not in teacher.knows]
-        if unknown:
-            raise ValueError(
-                f"objective.{term.name}.targets: teacher '{term.teacher}' says nothing of {unknown}, but of "
-                f"{sorted(teacher.knows)} only. Take these out, or name another teacher"
-            )
-        try:
-            teacher.check_loss(term.loss)
-        except ValueError as error:
-            raise ValueError(f"objective.{term.name}.loss: {error}") from None
+    def _rationales_are_there(self, terms: Iterable[Term]) -> None:
+        for term in terms:
+            if self.rationales is None and set(term.targets) != {"label"}:
+                raise ValueError(
+                    f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
+                    "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
+                )
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}

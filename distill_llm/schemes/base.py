@@ -64,6 +64,13 @@ class Scheme(Component):
     writes: ClassVar[bool] = False
     """It has the student write some of the texts that it learns from."""
 
+    def resolved(self, sections: Sections) -> Scheme:
+        """With all that configs of models decide, such as sizes between two of them; reads no weights.
+
+        Called before anything is checked or written. Raises ConfigError where a config cannot be had.
+        """
+        return self
+
     def stages(self, sections: Sections) -> tuple[Stage, ...]:
         """The trainings of a recipe, each after those that it needs; the student's is the last.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -73,7 +74,7 @@ class DistillTrainer(Trainer):
         self._now, self.validate = scheme.for_learners(objective.at(0.0)), validate
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(members_of(model)[0], chunk_tokens=chunk_tokens) if chunk_tokens else None
-        self._means, self._means_steps = dict[str, Tensor](), 0
+        self._means, self._steps_of = dict[str, Tensor](), Counter[str]()  # by term: a step may leave one out
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
 
     @cached_property
@@ -109,7 +110,7 @@ class DistillTrainer(Trainer):
         now = self.scheme.at_step(self.objective.at(progress), step, self.args.seed)
         self._now = self.scheme.for_learners(now)
         batches = self.scheme.prepare(batches, self.model, self._moment(progress))
-        self._means_steps += 1
+        self._steps_of.update(term.name for term in self._now.terms)
         counts = self._counts(batches)
         if self._diagnostics is not None:
             if self.scheme.writes:
@@ -163,9 +164,10 @@ class DistillTrainer(Trainer):
         """Adds each term's mean since the last training log, and the diagnostics."""
         if "loss" in logs and self._means:
             summed = self._over_ranks(torch.stack(list(self._means.values())))
-            for name, value in zip(self._means, (summed / max(self._means_steps, 1)).tolist(), strict=True):
-                logs[f"loss_{name}"] = value
-            self._means, self._means_steps = {}, 0
+            for name, value in zip(self._means, summed.tolist(), strict=True):
+                logs[f"loss_{name}"] = value / max(self._steps_of[name], 1)
+            self._means = {}
+            self._steps_of.clear()
             if self._diagnostics is not None:
                 logs |= self._diagnostics.values(self._over_ranks)
                 self._watch = None

@@ -54,6 +54,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "frozen": {"model": "a/b"},
     "ensemble": {"of": ["a", "b"]},
     "cached": {"of": "a"},
+    "assistant_chain": {"teacher": "a"},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
 every_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())

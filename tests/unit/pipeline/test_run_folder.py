@@ -98,10 +98,11 @@ def test_claim_refuses_another_recipe_and_names_what_differs(recipe: Any) -> Non
     _begin_training(run)
     before = run.recipe.read_text()
     with pytest.raises(ConfigError) as caught:
-        claim(recipe("train.max_steps=4", "objective.rationale.weight=2", "seed=17"))
+        claim(recipe("task.products=21", "student.prefixes.label='ask: '", "seed=17", "train.max_steps=4"))
     lines = str(caught.value).split("\n")
     assert lines[0] == f"run_dir: {run.root} was filled by another recipe:"
-    assert lines[1:-1] == ["  objective.1.weight: 1.0 there, 2.0 here", "  train.max_steps: 3 there, 4 here"]
+    said = ["  student.prefixes.label: 'predict: ' there, 'ask: ' here", "  task.products: 20 there, 21 here"]
+    assert lines[1:-1] == said, "what single trainings depend on is told by their plans"
     assert "run_dir=runs/another" in lines[-1]
     assert run.recipe.read_text() == before
 
@@ -110,9 +111,9 @@ def test_claim_shows_eight_differences_and_counts_the_rest(recipe: Any) -> None:
     run = claim(recipe())
     _begin_training(run)
     sizes = [f"task.{key}=9" for key in ("products", "train_size", "validation_size", "test_size", "task_seed")]
-    train = [f"train.{key}=1" for key in ("max_steps", "warmup_steps", "weight_decay", "patience")]
+    words = [f"student.prefixes.{key}='{key}? '" for key in ("label", "rationale", "rationale_then_label")]
     with pytest.raises(ConfigError) as caught:
-        claim(recipe(*sizes, *train, "seed=1"))
+        claim(recipe(*sizes, *words, "student.tokenizer.vocab_size=99", "seed=1"))
     assert len(str(caught.value).split("\n")) == 1 + 8 + 2
     assert "and 2 more" in str(caught.value)
 
@@ -121,7 +122,6 @@ def test_claim_shows_eight_differences_and_counts_the_rest(recipe: Any) -> None:
     "override",
     [
         "evaluate.batch_rows=3",
-        "evaluate.ablations={only_label: [label]}",
         "evaluate.controls=[]",
         "train.workers=2",
         "train.report_to=[wandb]",

@@ -13,6 +13,7 @@ from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
 from distill_llm.models.load import read_tokenizer
+from distill_llm.pipeline.plan_facts import settle
 from distill_llm.pipeline.rationale_stage import check, gather, read_material
 from distill_llm.pipeline.run import run as run_recipe
 from distill_llm.pipeline.run_folder import RunFolder, claim
@@ -46,6 +47,7 @@ def plan(tmp_path: Path) -> Any:
         material = read_material(recipe, splits, run)
         assert material is not None
         made = make_plan(recipe, material, run)
+        settle(recipe, made.arms, run, retrain=False)
         if train:
             train_arms(recipe, material, made, run, ["all"], SILENT)
         return run, made
@@ -80,7 +82,9 @@ def test_trained_arm_is_kept_and_another_plan_of_it_refused(plan: Any) -> None:
     plan(ablation.format("label"), train=True)
     assert (run.model("part") / "model.safetensors").stat().st_mtime_ns == weights
     assert read_json(run.result("part"))["description"] == "label"
-    with pytest.raises(ConfigError, match=r"models/part: this arm was planned otherwise"):
+    with pytest.raises(
+        ConfigError, match=r"planned otherwise, and would be trained anew: part\.\nThese stay as they are: student\."
+    ):
         plan(ablation.format("rationale"), train=True)
 
 
