@@ -38,7 +38,8 @@ def config_of(spec: StudentSpec) -> Any:
     if not spec.config:
         return read_config(spec.model, spec.revision, where="student.model")
     sizes = {key: value for key, value in spec.config.items() if key != "model_type"}
-    return CONFIG_MAPPING[str(spec.config["model_type"])](**sizes)
+    config_class: Any = CONFIG_MAPPING[str(spec.config["model_type"])]
+    return config_class(**sizes)
 
 
 def decoder_depth(config: Any) -> int:
