@@ -69,6 +69,13 @@ _IN_ORDER = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs unless tests for one are asked for (``-m gpu``): all others compare with what a CPU computes."""
+    chosen = str(config.getoption("markexpr"))
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _check_shapes() -> None:
     """Imports the numeric modules with every annotated call checked by jaxtyping and beartype.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.features import Look, Reading, Shape, Side
+from distill_llm.models.attention import set_attention
 from distill_llm.models.forward import forward
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def show_attention(model: Any, looks: Sequence[Look], *, where: str) -> None:
         )
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
-        inner.set_attn_implementation("eager")
+        set_attention(inner, "eager")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{where}: it has no eager attention, which shows what tokens look at: {error}") from None
     for module in model.modules():

@@ -79,8 +79,12 @@ def _quantized_student(spec: StudentSpec, where: str) -> Any:
 def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
     if spec.attention == "auto":
         return
+    from distill_llm.models.attention import prepare_flex, set_attention
+
+    if spec.attention == "flex_attention":
+        prepare_flex(model, where=where)
     try:
-        model.set_attn_implementation(spec.attention)
+        set_attention(model, spec.attention)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
