@@ -22,6 +22,7 @@ from distill_llm.core.processes import is_main_process, world_size
 if TYPE_CHECKING:
     from distill_llm.cli.progress import TerminalProgress
     from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.hub.upload import Pushed
 
 QUICKSTART = ("teacher", "scarce", "ample")
 _wanted = {"quiet": False}
@@ -113,10 +114,39 @@ def push_rationales(
     if dry_run:
         show_uploads(files, _console())
         return
-    pushed = push(run, repo_id, private=not public, licence=licence)
+    _show_pushed(push(run, repo_id, private=not public, licence=licence))
+
+
+def _show_pushed(pushed: Pushed) -> None:
     kind = "private" if pushed.private else "public"
     done = f"Pushed ({kind})" if pushed.changed else f"Nothing to do, all of it is there ({kind})"
     _console().print(f"{done}: {pushed.url}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
+    repo_id: Annotated[str, typer.Option(help="the model's name on the Hub: owner/name")],
+    arm: Annotated[str, typer.Option(help="which of the run's models")] = "student",
+    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
+    licence: Annotated[str, typer.Option(help="the licence that you give the model, such as apache-2.0")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="send an adapter merged into its base")] = False,
+    rationales: Annotated[bool, typer.Option("--rationales", help="send the rationale data set along")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
+) -> None:
+    """Push a run's model, with a card that shows how it was made and scored, to the Hub in one commit."""
+    from distill_llm.cli.rationales import show_uploads
+    from distill_llm.pipeline.publish_model import plan_model_push, push_model
+
+    options = {"arm": arm, "licence": licence, "merge": merge, "rationales": rationales}
+    plan = plan_model_push(run, repo_id, **options)
+    for warning in plan.warnings:
+        _console().print(f"[yellow]warning:[/yellow] {_plain(warning)}", highlight=False, soft_wrap=True)
+    _console().print(f"The card: {plan.files['README.md']}", highlight=False, soft_wrap=True)
+    if dry_run:
+        show_uploads(plan.uploads, _console())
+        return
+    _show_pushed(push_model(plan, private=not public))
 
 
 @app.command("cache-signals")

@@ -213,20 +213,28 @@ def to_comparison_table(scorecard: Scorecard) -> Table:
     return terminal_table(_comparison_header(scorecard), map(_comparison_row, scorecard.comparisons), numbers_from=1)
 
 
+def models_markdown(scorecard: Scorecard) -> str:
+    """The entries as a Markdown table."""
+    rows = map(_model_row, scorecard.entries)
+    return markdown_table(_model_header(scorecard), rows, numbers_from=2, bold=scorecard.student)
+
+
+def comparisons_markdown(scorecard: Scorecard) -> str:
+    """The comparisons as a Markdown table; empty where there are none."""
+    rows = map(_comparison_row, scorecard.comparisons)
+    return markdown_table(_comparison_header(scorecard), rows, numbers_from=1) if scorecard.comparisons else ""
+
+
 def to_markdown(scorecard: Scorecard) -> str:
-    models = markdown_table(
-        _model_header(scorecard), map(_model_row, scorecard.entries), numbers_from=2, bold=scorecard.student
-    )
     parts = [
         f"# Scorecard: {scorecard.task}",
         f"**{scorecard.verdict}**",
         f"{scorecard.metric} on {scorecard.entries[0].num_examples:,} {scorecard.split} examples.",
-        models,
+        models_markdown(scorecard),
         "\n".join(f"- {entry.name}: {_details(entry)}" for entry in scorecard.entries),
     ]
     if scorecard.comparisons:
-        rows = map(_comparison_row, scorecard.comparisons)
-        parts += ["## Comparisons", markdown_table(_comparison_header(scorecard), rows, numbers_from=1)]
+        parts += ["## Comparisons", comparisons_markdown(scorecard)]
     if scorecard.classes:
         parts += ["## Classes", class_markdown(scorecard.classes)]
     if scorecard.avalanche is not None:

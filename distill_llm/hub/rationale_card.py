@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import yaml
 
 from distill_llm.hub.licences import data_restriction, hub_licence, teacher_restriction
+from distill_llm.hub.markdown import CITATION, HOME, code, count, join, percent, table
 
-_HOME = "https://github.com/distill-llm/distill-llm"
 _TAGS = ("distillation", "rationales", "chain-of-thought", "distill-llm")
-_CITATION = """\
-@inproceedings{hsieh2023distilling,
-  title     = {Distilling Step-by-Step! Outperforming Larger Language Models with Less Training Data and Smaller Model Sizes},
-  author    = {Hsieh, Cheng-Yu and Li, Chun-Liang and Yeh, Chih-Kuan and Nakhost, Hootan and Fujii, Yasuhisa and
-               Ratner, Alexander and Krishna, Ranjay and Lee, Chen-Yu and Pfister, Tomas},
-  booktitle = {Findings of the Association for Computational Linguistics: ACL 2023},
-  year      = {2023},
-  eprint    = {2305.02301},
-  archivePrefix = {arXiv}
-}"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -125,8 +114,7 @@ def rationale_card(facts: RationaleCardFacts) -> str:
         _members(facts),
         _ledger(facts),
         f"## Limits\n\n{_limits(facts)}",
-        f"## Citation\n\nThe method is that of Hsieh et al. (2023), [arXiv:2305.02301](https://arxiv.org/abs/2305.02301):"
-        f"\n\n```bibtex\n{_CITATION}\n```",
+        CITATION,
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -160,7 +148,7 @@ def _size(rows: int) -> str:
 
 
 def _introduction(facts: RationaleCardFacts) -> str:
-    source = f" (data: {_code(facts.task_data)})" if facts.task_data else ""
+    source = f" (data: {code(facts.task_data)})" if facts.task_data else ""
     if facts.from_data:
         what = f"The rationales that come with the data of the task **{facts.task}**{source}, beside the labels."
     else:
@@ -171,14 +159,14 @@ def _introduction(facts: RationaleCardFacts) -> str:
     return (
         f"{what} They are meant for [distilling step by step](https://arxiv.org/abs/2305.02301): a small student model "
         "learns to write the rationale as well as the label. Made with "
-        f"[distill-llm]({_HOME}) {facts.version}."
+        f"[distill-llm]({HOME}) {facts.version}."
     )
 
 
 def _writers(facts: RationaleCardFacts) -> str:
     if not facts.members:
-        return f"language model {_code(facts.teacher)}"
-    return f"teachers {_join([_code(one.name) for one in facts.members])}"
+        return f"language model {code(facts.teacher)}"
+    return f"teachers {join([code(one.name) for one in facts.members])}"
 
 
 def _members(facts: RationaleCardFacts) -> str:
@@ -187,8 +175,8 @@ def _members(facts: RationaleCardFacts) -> str:
     head = ("teacher", "model", "licence", "prompt", "samples", "asked", "completed", "kept", "right", "say in votes")
     rows = [
         [
-            _code(one.name),
-            _code(one.model) + (f", {one.revision[:12]}" if one.revision else ""),
+            code(one.name),
+            code(one.model) + (f", {one.revision[:12]}" if one.revision else ""),
             one.licence or "unknown",
             one.prompt,
             *(f"{count:,}" for count in (one.samples, one.asked, one.completed, one.kept)),
@@ -197,11 +185,11 @@ def _members(facts: RationaleCardFacts) -> str:
         ]
         for one in facts.members
     ]
-    lines = [f"- {_code(one.name)} was dropped: {one.dropped}" for one in facts.members if one.dropped]
+    lines = [f"- {code(one.name)} was dropped: {one.dropped}" for one in facts.members if one.dropped]
     costs = [f"{one.name} {one.cost:,.2f}" for one in facts.members if one.cost]
     lines += [f"- Cost in {facts.currency}: {', '.join(costs)}."] if costs else []
     about = "The column `teacher` says who wrote a completion; a teacher's say is shared out among its completions."
-    return "\n\n".join(["### Teachers", _table(head, rows), about, *(["\n".join(lines)] if lines else [])])
+    return "\n\n".join(["### Teachers", table(head, rows), about, *(["\n".join(lines)] if lines else [])])
 
 
 def _warnings(facts: RationaleCardFacts) -> str:
@@ -227,17 +215,17 @@ def _use(facts: RationaleCardFacts) -> str:
 
 
 def _columns(facts: RationaleCardFacts) -> str:
-    return _table(("column", "meaning"), ((_code(name), meaning) for name, meaning in facts.columns.items()))
+    return table(("column", "meaning"), ((code(name), meaning) for name, meaning in facts.columns.items()))
 
 
 def _making(facts: RationaleCardFacts) -> str:
-    task = [f"- **Task:** {facts.task}{f', from {_code(facts.task_data)}' if facts.task_data else ''}."]
+    task = [f"- **Task:** {facts.task}{f', from {code(facts.task_data)}' if facts.task_data else ''}."]
     task.append(f"- **Licence of the task's data:** {facts.task_licence or 'unknown'}.")
     if facts.from_data:
         return "\n".join([*task, "- **Rationales:** those of the data; no model was asked.", _kept(facts)])
-    revision = f", revision {_code(facts.teacher_revision)}" if facts.teacher_revision else ""
+    revision = f", revision {code(facts.teacher_revision)}" if facts.teacher_revision else ""
     lines = [
-        f"- **Teacher:** {_code(facts.teacher)}{revision}.",
+        f"- **Teacher:** {code(facts.teacher)}{revision}.",
         f"- **Licence of what the teacher writes:** {facts.teacher_licence or 'unknown'}.",
         *task,
         f"- **Prompt:** {_prompt(facts)}.",
@@ -249,18 +237,16 @@ def _making(facts: RationaleCardFacts) -> str:
 
 
 def _prompt(facts: RationaleCardFacts) -> str:
-    exemplars = _count(facts.exemplars, "worked example") if facts.exemplars else "no worked examples"
+    exemplars = count(facts.exemplars, "worked example") if facts.exemplars else "no worked examples"
     style = {"chat": "a chat", "text": "plain text"}.get(facts.prompt_style, facts.prompt_style)
     parts = (style, f"{exemplars} before the question")
-    fingerprint = f"; its fingerprint is {_code(facts.prompt_fingerprint)}" if facts.prompt_fingerprint else ""
+    fingerprint = f"; its fingerprint is {code(facts.prompt_fingerprint)}" if facts.prompt_fingerprint else ""
     return f"{' with '.join(part for part in parts if part)}{fingerprint}"
 
 
 def _sampling(facts: RationaleCardFacts) -> str:
-    settings = [
-        _code(f"{name}: {_value(value)}") for name, value in facts.sampling.items() if value not in ("", (), [])
-    ]
-    return ", ".join([f"{_count(facts.samples, 'completion')} per example", *settings])
+    settings = [code(f"{name}: {_value(value)}") for name, value in facts.sampling.items() if value not in ("", (), [])]
+    return ", ".join([f"{count(facts.samples, 'completion')} per example", *settings])
 
 
 def _value(value: str | int | float | Sequence[str]) -> str:
@@ -270,7 +256,7 @@ def _value(value: str | int | float | Sequence[str]) -> str:
 def _kept(facts: RationaleCardFacts) -> str:
     if not facts.keep_rules:
         return "- **Kept:** every rationale that is not empty; no rule was set."
-    rules = ", then ".join(_code(rule) for rule in facts.keep_rules)
+    rules = ", then ".join(code(rule) for rule in facts.keep_rules)
     return f"- **Kept:** rationales that pass {'this rule' if len(facts.keep_rules) == 1 else 'these rules'}: {rules}."
 
 
@@ -279,7 +265,7 @@ def _hints(facts: RationaleCardFacts) -> str:
         return "none; the teacher never saw a gold label of the examples."
     return (
         "where no completion of an example reached its gold label, the teacher was shown that label and asked again "
-        f"for {_count(facts.hint_samples, 'completion')}. These rows are flagged in the column `hinted`."
+        f"for {count(facts.hint_samples, 'completion')}. These rows are flagged in the column `hinted`."
     )
 
 
@@ -291,27 +277,27 @@ def _funnel(splits: Mapping[str, SplitFacts]) -> str:
         ("completed", [f"{split.completed:,}" for split in splits.values()]),
         ("label could be read", [f"{split.parsed:,}" for split in splits.values()]),
         ("label is the gold one", ["-" if s.agreed is None else f"{s.agreed:,}" for s in splits.values()]),
-        ("**kept**", [f"**{split.kept:,}** ({_percent(split.kept, split.asked)})" for split in splits.values()]),
+        ("**kept**", [f"**{split.kept:,}** ({percent(split.kept, split.asked)})" for split in splits.values()]),
         *((_dropped(reason), [f"{split.dropped.get(reason, 0):,}" for split in splits.values()]) for reason in reasons),
     ]
-    return _table(("", *splits), ((name, *cells) for name, cells in rows), numbers=True)
+    return table(("", *splits), ((name, *cells) for name, cells in rows), numbers=True)
 
 
 def _dropped(reason: str) -> str:
     """``reason`` is an outcome of the data set; ``rule: dedupe`` names the rule that was not passed."""
     rule = reason.removeprefix("rule: ")
-    return f"dropped by {_code(rule)}" if rule != reason else f"dropped: {reason}"
+    return f"dropped by {code(rule)}" if rule != reason else f"dropped: {reason}"
 
 
 def _accuracy(splits: Mapping[str, SplitFacts]) -> str:
     known = [
-        f"{split.accuracy:.1%} of {_count(split.gold_examples, f'{name} example')}"
+        f"{split.accuracy:.1%} of {count(split.gold_examples, f'{name} example')}"
         for name, split in splits.items()
         if split.accuracy is not None and split.gold_examples
     ]
     if not known:
         return "No example has a gold label, so nobody knows how often the teacher is right."
-    return f"**Teacher's accuracy.** The label that the teacher reached is the gold one for {_join(known)}."
+    return f"**Teacher's accuracy.** The label that the teacher reached is the gold one for {join(known)}."
 
 
 def _ledger(facts: RationaleCardFacts) -> str:
@@ -319,10 +305,10 @@ def _ledger(facts: RationaleCardFacts) -> str:
         return ""
     amount = None if facts.cost is None else f"{facts.cost:,.2f}" if facts.cost >= 0.01 else "less than 0.01"
     cost = f" It cost {amount} {facts.currency}".rstrip() + "." if amount else ""
-    retries = f", {_count(facts.retries, 'retry', 'retries')} among them" if facts.retries else ""
+    retries = f", {count(facts.retries, 'retry', 'retries')} among them" if facts.retries else ""
     return (
-        f"**What it took.** {_count(facts.requests, 'request')}{retries}; {_count(facts.tokens_in, 'token')} read and "
-        f"{_count(facts.tokens_out, 'token')} written by the teacher.{cost}"
+        f"**What it took.** {count(facts.requests, 'request')}{retries}; {count(facts.tokens_in, 'token')} read and "
+        f"{count(facts.tokens_out, 'token')} written by the teacher.{cost}"
     )
 
 
@@ -343,31 +329,3 @@ def _limits(facts: RationaleCardFacts) -> str:
             'such rows out with `row["hinted"]` if you want only what the teacher found by itself.'
         )
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """A Markdown table; with ``numbers``, all columns but the first are aligned to the right."""
-    rule = ["---", *("---:" if numbers else "---" for _ in head[1:])]
-    cells = [[_cell(cell) for cell in row] for row in (head, *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', chr(39))}`"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
-def _join(parts: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)

@@ -68,6 +68,11 @@ def plan_upload(folder: Path, files: Sequence[Path]) -> tuple[Upload, ...]:
     return tuple(planned)
 
 
+def plan_uploads(files: Mapping[str, Path]) -> tuple[Upload, ...]:
+    """What ``push`` would send of ``files`` (path in the repository: local file). Raises as ``plan_upload`` does."""
+    return tuple(_upload(path, file) for path, file in files.items())
+
+
 def push(
     files: Mapping[str, Path],
     *,
@@ -86,7 +91,7 @@ def push(
     where the Hub cannot be reached or the upload breaks off.
     """
     target = _Target(_checked(repo_id), repo_type)
-    uploads = [_upload(path, file) for path, file in files.items()]
+    uploads = plan_uploads(files)
     if not uploads:
         raise ConfigError(f"{target}: no file was named. Expected at least one.")
 

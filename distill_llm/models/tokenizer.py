@@ -37,5 +37,10 @@ def train_tokenizer(spec: FreshTokenizer, texts: Iterable[str]) -> Any:
         )
     core.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # or `model.generate(**tokenizer(text))` is refused
     )
