@@ -133,3 +133,57 @@ def _completions(lines: list[str]) -> list[str]:
         entry = json.loads(line)
         found[entry["key"]] = json.dumps(entry.get("text", entry), sort_keys=True)
     return [found[key] for key in sorted(found)]
+
+
+LABEL = "{name: label, loss: {kind: cross_entropy}, targets: [label]}"
+SOFT = "{{name: soft, loss: {{kind: forward_kl}}, targets: [label, rationale], teacher: {}}}"
+WIDER = {"t5": "{d_ff: 48}", "llama": "{intermediate_size: 48}"}
+DEEPER = {"t5": "student.config.num_layers=2", "llama": "student.config.num_hidden_layers=2"}
+
+
+@pytest.mark.parametrize("recipe", ["t5", "llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("scheme", "teacher", "beside"),
+    [
+        ("{kind: on_policy, student_fraction: 0.5, max_new_tokens: 6}", "big", ""),
+        ("{kind: mutual, peers: 2}", "peers", "peer_"),
+        ("{kind: self_distill, exits: [1]}", "deepest", "exit_1"),
+        (
+            "{kind: assistant_chain, teacher: big, guidance: dense, assistants: [{name: middle, config: WIDER}]}",
+            "big",
+            "middle",
+        ),
+    ],
+    ids=["on-policy", "mutual", "exits", "chain"],
+)
+def test_schemes_train_on_the_device(
+    cli: Any, recipe: str, scheme: str, teacher: str, beside: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    family = request.node.callspec.params["recipe"]
+    said = cli(
+        "run",
+        recipe,
+        "run_dir=run",
+        f"objective=[{LABEL}, {SOFT.format(teacher)}]",
+        f"scheme={scheme.replace('WIDER', WIDER[family])}",
+        DEEPER[family],
+        **VISIBLE,
+    ).stdout
+    assert "computes in bfloat16" in said
+    trained = [path.parent.name for path in (tmp_path / "run/models").glob("*/result.json")]
+    assert any(name.startswith(beside) for name in trained if name != "student") or not beside
+    assert all(bool(weight.isfinite().all()) for weight in _weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_adapters_learn_on_a_base_of_fewer_bits_on_the_device(
+    cli: Any, shop: str, save_tiny: Any, load_in: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = save_tiny("llama", text=TEXT, hidden_size=64, intermediate_size=128)
+    student = f"student={{model: ./{base}, load_in: {load_in}, lora: {{rank: 2, alpha: 4}}}}"
+    cli("run", shop, student, "run_dir=run", "train.optimizer=adamw", "evaluate.controls=[]", **VISIBLE)
+    adapter = load_file(tmp_path / "run/models/student/model/adapter_model.safetensors")
+    learned = [weight for name, weight in adapter.items() if "lora_B" in name]
+    assert learned
+    assert all(bool(weight.abs().sum() > 0) for weight in learned), "gradients reached every adapter"
