@@ -108,5 +108,5 @@ class TokenCuts:
             more |= {target: max(count, more.get(target, 0)) for target, count in own.items()}
         for target, count in more.items():
             targets[target] = targets[target][0] + count, targets[target][1]
-        longest = max(load.longest_input, *(len(self._rows[run[0]].input_ids) for run in runs))
+        longest = max(load.longest_input, *(self._rows[run[0]].num_input_tokens for run in runs))
         return _Load(load.runs + 1, longest, targets)

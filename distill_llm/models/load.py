@@ -14,10 +14,22 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
 from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
+from distill_llm.models.vision import (
+    MODEL_TYPE,
+    check_sections,
+    fresh_painter,
+    fresh_sections,
+    head_words,
+    is_vision,
+    read_painter,
+    rest_unused,
+    with_start_token,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from distill_llm.models.picture import Painter
     from distill_llm.models.spec import HubConfig, StudentSpec
 
 Bits: TypeAlias = Literal["full", "8bit", "4bit"]
@@ -29,6 +41,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
+    painter: Painter | None = None
+    """Makes the pictures that it reads in place of text."""
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -42,21 +56,26 @@ class LoadedModel:
 def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
     """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
     if spec.config:
-        model = _fresh_model(spec.config, tokenizer, f"{where}.config")
+        model = _fresh_model(spec, tokenizer, f"{where}.config")
         _set_attention(model, spec, where)
-        return LoadedModel(model, tokenizer)
+        painter = fresh_painter(spec.picture, model.config, where=where) if spec.picture else None
+        return LoadedModel(model, tokenizer, painter)
     model = load_model(spec.model, spec.revision, where=f"{where}.model")
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > head_words(model.config):
         raise ConfigError(
-            f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
-            "Remove `tokenizer` to use the model's own."
+            f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has "
+            f"{head_words(model.config)}. Remove `tokenizer` to use the model's own."
         )
     _set_attention(model, spec, where)
     if spec.lora is not None:
         from distill_llm.models.lora import add_lora
 
         model = add_lora(model, spec.lora, spec.revision)
-    return LoadedModel(model, tokenizer)
+    if spec.picture is None:
+        return LoadedModel(model, tokenizer)
+    return LoadedModel(
+        model, tokenizer, read_painter(spec.picture, spec.model, spec.revision, model.config, where=where)
+    )
 
 
 def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
@@ -74,10 +93,23 @@ def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
 
 def check_student(spec: StudentSpec, *, where: str = "student") -> None:
     """Raises ConfigError where the student's model or tokenizer cannot be had. Loads no weights."""
+    if spec.picture is not None:
+        from distill_llm.models.picture import check_pillow
+
+        check_pillow(f"{where}.picture")
     if spec.config:
-        is_encoder_decoder = bool(getattr(_config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
+        is_encoder_decoder = bool(getattr(config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
+        if spec.picture is not None:
+            check_sections(spec.config, f"{where}.config")
     else:
-        is_encoder_decoder = bool(read_config(spec.model, spec.revision, where=f"{where}.model").is_encoder_decoder)
+        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        is_encoder_decoder = bool(config.is_encoder_decoder)
+        if is_vision(config) != (spec.picture is not None):
+            reads, do = ("pictures", "add") if is_vision(config) else ("text", "remove")
+            raise ConfigError(
+                f"{where}.model: '{spec.model}' ({config.model_type}) reads {reads}: {do} `{where}.picture`. Pictures "
+                f"are read by models of the type {MODEL_TYPE}."
+            )
     if spec.prefix_side == "decoder" and not is_encoder_decoder:
         raise ConfigError(
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
@@ -101,7 +133,7 @@ def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: st
 def read_tokenizer(source: str, revision: str = "main", *, where: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, source, revision, where=where, what="tokenizer")
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, source, revision, where=where, what="tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -115,7 +147,7 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
         from distill_llm.models.lora import base_of
 
         return read_config(*base_of(source), where=f"{where} (base of the adapter)")
-    return _from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config")
+    return with_start_token(from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config"))
 
 
 def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
@@ -126,7 +158,8 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
     model_class = _auto_class(config)
-    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+    return _settled(model, where)
 
 
 def load_on(device: str, source: str, revision: str, *, where: str, dtype: str, load_in: Bits = "full") -> Any:
@@ -144,7 +177,9 @@ def load_on(device: str, source: str, revision: str, *, where: str, dtype: str, 
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model_class = _auto_class(read_config(source, revision, where=where))
     options = {"quantization_config": bits, "device_map": {"": device}, "dtype": dtype}
-    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    return _settled(
+        from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options), where
+    )
 
 
 def check_bits(source: str, load_in: Bits, *, where: str) -> None:
@@ -235,13 +270,24 @@ def is_adapter(source: str) -> bool:
     return (Path(source).expanduser() / "adapter_config.json").is_file()
 
 
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def _settled(model: Any, where: str) -> Any:
+    """A vision model with what training and generation need to know of it."""
+    if is_vision(model.config):
+        rest_unused(model)
+        if with_start_token(model.config, model.generation_config).decoder_start_token_id is None:
+            raise ConfigError(f"{where}: its config names no decoder_start_token_id. Add it to config.json.")
+    return model
 
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    if is_vision(config):
+        return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _from_hub(load: Any, source: str, revision: str, *, where: str, what: str, **options: Any) -> Any:
+def from_hub(load: Any, source: str, revision: str, *, where: str, what: str, **options: Any) -> Any:
     if _looks_like_path(source) and not Path(source).expanduser().is_dir():
         raise ConfigError(
             f"{where}: there is no folder '{source}'. Expected a Hub id such as google/t5-v1_1-base or an existing "
@@ -279,16 +325,19 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).is_dir()
 
 
-def _fresh_model(config: HubConfig, tokenizer: Any, where: str) -> Any:
+def _fresh_model(spec: StudentSpec, tokenizer: Any, where: str) -> Any:
     """A model with random weights. The vocabulary's size and special tokens come from the tokenizer."""
+    config = spec.config
+    if spec.picture is not None:
+        config = fresh_sections(config, spec.picture, tokenizer, where)
     hf_config = _fresh_config(config, tokenizer, where)
-    model = _auto_class(hf_config).from_config(hf_config)
+    model = _settled(_auto_class(hf_config).from_config(hf_config), where)
     if hf_config.model_type == "t5":
         _spread_relative_bias(model)
     return model
 
 
-def _config_class(config: HubConfig, where: str) -> Any:
+def config_class(config: HubConfig, where: str) -> Any:
     """The config class of ``config``'s model type, all of whose keys it knows."""
     from transformers import CONFIG_MAPPING
 
@@ -314,16 +363,17 @@ def _config_class(config: HubConfig, where: str) -> Any:
 def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
-    config_class = _config_class(config, where)
+    made_by = config_class(config, where)
     sizes = {key: value for key, value in config.items() if key != "model_type"}
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    special["bos_token_id"] = tokenizer.bos_token_id
-    if getattr(config_class(), "is_encoder_decoder", False):
+    if config["model_type"] != MODEL_TYPE:  # whose words are its decoder's
+        special |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    if getattr(made_by(), "is_encoder_decoder", False):
         special["decoder_start_token_id"] = tokenizer.pad_token_id
     try:
-        return config_class(**{"vocab_size": len(tokenizer), **special, **sizes})
+        return made_by(**(special | sizes))
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: {config_class.__name__} refuses these settings: {error}") from None
+        raise ConfigError(f"{where}: {made_by.__name__} refuses these settings: {error}") from None
 
 
 def _spread_relative_bias(model: Any) -> None:

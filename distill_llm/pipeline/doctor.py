@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill_llm.core.errors import DistillError
 from distill_llm.core.example import Example, Splits, TeacherAnswer
 from distill_llm.core.signals import IGNORE_INDEX, Batch, Signals, select_rows
-from distill_llm.data.rows import RowSet, build_rows
+from distill_llm.data.rows import Row, RowSet, build_rows
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer
 from distill_llm.objective import Objective
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.capture_stage import captured_teachers, plan_captures, write_capture
+from distill_llm.pipeline.pictures import findings_of_pictures
 from distill_llm.pipeline.publish import licence_warnings
 from distill_llm.pipeline.rationale_stage import Material, check, read_material
 from distill_llm.pipeline.run_folder import RunFolder
-from distill_llm.pipeline.student_stage import check_chat, training_text
+from distill_llm.pipeline.student_stage import check_chat, check_positions, training_text
 from distill_llm.pipeline.trial import open_teachers, student_view
 from distill_llm.pipeline.views import TeacherViewer, facts_of_views, make_viewers, repeaters
 from distill_llm.recipe.recipe import Recipe
@@ -86,10 +87,14 @@ def examine(recipe: Recipe) -> Diagnosis:
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
         check_chat(recipe, tokenizer)
-        view = student_view(recipe, tokenizer, student.is_encoder_decoder)
+        view = student_view(recipe, tokenizer, student.is_encoder_decoder, student.painter)
+        check_positions(recipe, student.model.config, view)
         viewers = make_viewers(recipe, student, view)
         rows = _rows(recipe, material, view, viewers)
         _views(recipe, rows, viewers, diagnosis)
+        if student.painter is not None:
+            for level, said in findings_of_pictures(student.painter, rows.rows):
+                diagnosis.note(level, "pictures", said)
         _cuts(recipe, rows, diagnosis)
         with TemporaryDirectory() as folder:
             recipe = _with_captures(recipe, material, rows, tokenizer, Path(folder), diagnosis)
@@ -150,7 +155,10 @@ def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], d
         level: Level = "warning" if facts.unmatched > _TOO_MANY_UNMATCHED * facts.num_tokens else "ok"
         diagnosis.note(level, f"view of {name}", str(facts))
         first = next(row.views[name] for row in rows.rows if name in row.views)
-        text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
+        if first.picture is not None:
+            text = f"a picture of: {first.picture.text or 'its image'}"
+        else:
+            text = viewers[name].reader.tokenizer.decode(list(first.input_ids))
         end = text if len(text) <= _END_OF_PROMPT else f"... {text[-_END_OF_PROMPT:]}"
         diagnosis.note("ok", f"view of {name}", f"of one row: {end}")
     for name in repeaters(recipe):
@@ -165,7 +173,7 @@ def _views(recipe: Recipe, rows: RowSet, viewers: Mapping[str, TeacherViewer], d
 def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
     total = len(rows.rows)
     for what, cut, limit in (
-        ("inputs", rows.inputs_cut, f"train.max_input_tokens={recipe.train.max_input_tokens}"),
+        ("inputs", rows.inputs_cut, _input_limit(recipe)),
         ("targets", rows.targets_cut, f"train.max_target_tokens={recipe.train.max_target_tokens}"),
     ):
         level: Level = "warning" if cut > _TOO_MANY_CUT * total else "ok"
@@ -174,6 +182,13 @@ def _cuts(recipe: Recipe, rows: RowSet, diagnosis: Diagnosis) -> None:
         lengths = sorted(len(row.label_ids) for row in rows.rows if row.target == target)
         said = f"{number:,} rows; tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
         diagnosis.note("ok", f"target {target}", said)
+
+
+def _input_limit(recipe: Recipe) -> str:
+    picture = recipe.student.picture
+    if picture is not None:
+        return f"student.picture ({picture.width} x {picture.height}, font {picture.font})"
+    return f"train.max_input_tokens={recipe.train.max_input_tokens}"
 
 
 def _with_captures(
@@ -216,7 +231,7 @@ def _one_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Dia
     chosen = _mixed(rows, number)
     collated = collator_for(student, teachers, recipe.train.packing)(chosen)
     batch = {name: column.to(student.model.device) for name, column in collated.items()}
-    diagnosis.rows = [_marked(batch, row, student.tokenizer) for row in range(min(4, len(chosen)))]
+    diagnosis.rows = [_marked(batch, number, row, student.tokenizer) for number, row in enumerate(chosen[:4])]
     _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
     for objective in _term_by_term(recipe):
@@ -358,19 +373,21 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _marked(batch: Batch, row: int, tokenizer: Any) -> str:
+def _marked(batch: Batch, number: int, row: Row, tokenizer: Any) -> str:
     """A row as text, as the model gets it, and behind an arrow its supervised tokens, each between bars."""
-    inputs = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
-    labels = batch["labels"][row]
+    labels = batch["labels"][number]
     supervised = labels[labels != IGNORE_INDEX].tolist()
     prefix: list[int] = []
-    if "decoder_input_ids" not in batch:
-        inputs = inputs[: len(inputs) - len(supervised)]
+    if row.picture is not None:
+        read = f"[picture: {row.picture.text or 'its image'}]"
     else:
+        inputs = batch["input_ids"][number][batch["attention_mask"][number].bool()].tolist()
+        read = tokenizer.decode(inputs if "decoder_input_ids" in batch else inputs[: len(inputs) - len(supervised)])
+    if "decoder_input_ids" in batch:
         begin = int((labels != IGNORE_INDEX).int().argmax())
-        prefix = batch["decoder_input_ids"][row][1 : begin + 1].tolist()
+        prefix = batch["decoder_input_ids"][number][1 : begin + 1].tolist()
     written = f"{tokenizer.decode(prefix)} {_bars(supervised, tokenizer)}".lstrip()
-    return f"{tokenizer.decode(inputs)}  ->  {written}"
+    return f"{read}  ->  {written}"
 
 
 def _bars(ids: Sequence[int], tokenizer: Any) -> str:

@@ -14,6 +14,7 @@ from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import Progress
 from distill_llm.models.load import check_student
 from distill_llm.pipeline.asking import Asked, Asking
+from distill_llm.pipeline.pictures import check_pictures
 from distill_llm.pipeline.publish import write_card
 from distill_llm.pipeline.rationale_checks import check_teacher, without_exemplars
 from distill_llm.pipeline.run_folder import RunFolder
@@ -71,6 +72,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
         return splits
     for teacher in recipe.teachers.values():
         teacher.check()
+    check_pictures(recipe, splits)
     check_views(recipe, splits.train)
     check_student(recipe.student)
     if recipe.train.report_to:

@@ -19,6 +19,8 @@ from distill_llm.evaluation.predict import Predictions, predict
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
+from distill_llm.models.picture import Painter
+from distill_llm.models.vision import read_painter
 from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
@@ -90,7 +92,7 @@ def _score_arm(
     tokenizer = read_tokenizer(folder, where=f"arm {arm}")
     predictions = predict(
         model,
-        student_view(recipe, tokenizer, model.config.is_encoder_decoder),
+        student_view(recipe, tokenizer, model.config.is_encoder_decoder, _painter(recipe, folder, model.config, arm)),
         material.splits.test,
         task=recipe.task,
         target=trained["target"],
@@ -116,6 +118,11 @@ def _score_arm(
         examples_per_second=len(predictions.items) / predictions.seconds if predictions.seconds > 0 else None,
     )
     return facts, right
+
+
+def _painter(recipe: Recipe, folder: str, config: Any, arm: str) -> Painter | None:
+    picture = recipe.student.picture
+    return read_painter(picture, folder, "main", config, where=f"arm {arm}") if picture is not None else None
 
 
 def _agree_with_metric(recipe: Recipe, material: Material, predictions: Predictions, right: list[bool]) -> None:

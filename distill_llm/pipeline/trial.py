@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distill_llm.core.example import Example
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.models.picture import Painter
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
@@ -44,7 +45,9 @@ class Trial:
         return f"{self.arm.name.replace('_', ' ')}{tuned}"
 
 
-def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> StudentView:
+def student_view(
+    recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool, painter: Painter | None = None
+) -> StudentView:
     return StudentView(
         tokenizer=tokenizer,
         is_encoder_decoder=is_encoder_decoder,
@@ -53,6 +56,7 @@ def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> St
         max_input_tokens=recipe.train.max_input_tokens,
         max_target_tokens=recipe.train.max_target_tokens,
         prefix_side=recipe.student.prefix_side,
+        painter=painter,
     )
 
 
@@ -131,6 +135,7 @@ def _facts(student: LoadedModel) -> StudentFacts:
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
         model=student.model,
+        picture=student.painter.shape if student.painter is not None else None,
     )
 
 
@@ -173,7 +178,7 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     from distill_llm.core.progress import SILENT
     from distill_llm.evaluation.predict import predict
 
-    view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
+    view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder, student.painter)
 
     def validate(model: Any) -> dict[str, float]:
         part = my_share(labelled)

@@ -102,6 +102,7 @@ class Recipe(Component):
                 "wrong there: label and rationale would contradict each other. Set label_from: gold, or "
                 "gold_else_teacher"
             )
+        self._pictures_are_read()
         if all(term.until < 1 for term in self.objective):
             raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
         self._ablations_exist()
@@ -121,6 +122,29 @@ class Recipe(Component):
             teacher.check_loss(term.loss)
         except ValueError as error:
             raise ValueError(f"objective.{term.name}.loss: {error}") from None
+
+    def _pictures_are_read(self) -> None:
+        """What students that see pictures cannot do, and what teachers that are made of the student cannot."""
+        picture = self.student.picture
+        for name, teacher in self.teachers.items():
+            view = teacher.own_view()
+            if view is None or not teacher.moves:
+                continue
+            if (view.picture is None) != (picture is None):
+                reads, do = ("pictures", "add `picture` to") if picture else ("text", "remove `picture` from")
+                raise ValueError(f"teachers.{name}.view: it is the student, which reads {reads}: {do} the view")
+        if picture is None:
+            return
+        if self.train.packing == "always":
+            raise ValueError(
+                "train.packing: always: pictures are all of one size, and go through side by side. Set packing: auto"
+            )
+        for term in self.objective:
+            if term.side == "encoder":
+                raise ValueError(
+                    f"objective.{term.name}.loss: it compares an encoder's states at the tokens of the input, and a "
+                    "picture has none. Take `of: decoder` or a loss on logits"
+                )
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill_llm.core.answers import AnswerKind, equation_value, number_text, parse_number
+from distill_llm.core.assets import find_file
 from distill_llm.core.component import Component
 from distill_llm.core.errors import DataError
 from distill_llm.core.example import Example
@@ -23,13 +24,16 @@ _MAX_CHOICES = 26
 
 
 class Fields(Component):
-    """Which column holds what. ``input`` may be several columns, one line each; None: the data has no such column."""
+    """Which column holds what. ``input`` may be several columns, one line each; None: the data has no such column.
+    ``picture``: an image, or the path of an image file, seen from the file or folder of the data.
+    """
 
     input: tuple[str, ...] = ()
     label: str | None = "label"
     id: str | None = None
     rationale: str | None = None
     choices: str | None = None
+    picture: str | None = None
 
     @field_validator("input", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
@@ -170,7 +174,18 @@ class Jsonl(Task):
             label=label,
             rationale=row.optional(self.fields.rationale) if self.fields.rationale else None,
             choices=choices,
+            picture=self._picture(row),
         )
+
+    def _picture(self, row: Row) -> str | bytes:
+        if self.fields.picture is None:
+            return ""
+        image = row.image(self.fields.picture)
+        if isinstance(image, bytes) or image.startswith("/"):
+            return image
+        data = find_file(self.data)
+        folder = data if data is None or data.is_dir() else data.parent
+        return image if folder is None else str(folder / image)
 
     def _question(self, row: Row) -> str:
         if self.template is None:

@@ -129,10 +129,16 @@ def collator_for(
     """
     pad = student.tokenizer.pad_token_id
     views = {
-        name: Collator(teacher.reader.tokenizer.pad_token_id, teacher.reader.decoder_start_token_id)
+        name: Collator(
+            teacher.reader.tokenizer.pad_token_id,
+            teacher.reader.decoder_start_token_id,
+            painter=teacher.reader.painter,
+        )
         for name, teacher in teachers.items()
         if isinstance(teacher, ViewedTeacher)
     }
+    if student.painter is not None:
+        return Collator(pad, student.model.config.decoder_start_token_id, views=views, painter=student.painter)
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
         return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens, views=views)

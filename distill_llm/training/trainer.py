@@ -139,6 +139,8 @@ class DistillTrainer(Trainer):
         if head_weights(self.model):
             state_dict = without_heads(cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
+        if self.collator.painter is not None:
+            self.collator.painter.save(output_dir or str(self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
