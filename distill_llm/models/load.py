@@ -100,7 +100,7 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> None:
     if spec.config:
         is_encoder_decoder = bool(getattr(config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
         if spec.picture is not None:
-            check_sections(spec.config, f"{where}.config")
+            check_sections(spec.config, spec.picture, f"{where}.config")
     else:
         config = read_config(spec.model, spec.revision, where=f"{where}.model")
         is_encoder_decoder = bool(config.is_encoder_decoder)

@@ -136,7 +136,7 @@ class Painter:
         yield line
 
     def _width(self, text: str) -> float:
-        return self._font.getlength(self._drawable(text))
+        return float(self._font.getlength(self._drawable(text)))
 
     def _drawable(self, text: str) -> str:
         return text.encode("latin-1", "replace").decode("latin-1") if self.spec.font == "fixed" else text

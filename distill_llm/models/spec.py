@@ -58,8 +58,8 @@ class PictureSpec(Component):
     font: str = Field(
         default="outline",
         min_length=1,
-        description="outline: the one that Pillow brings; fixed: Pillow's bitmap font, 6 x 11 pixels a character, "
-        "Latin-1 alone; or a font file",
+        description="outline: the one that Pillow brings, ASCII alone; fixed: Pillow's bitmap font, 6 x 11 pixels a "
+        "character, Latin-1 alone; or a font file",
     )
     font_size: int = Field(default=16, ge=4, le=512, description="of an outline font, in pixels")
 

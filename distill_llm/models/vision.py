@@ -56,18 +56,18 @@ def fresh_sections(config: HubConfig, picture: PictureSpec, tokenizer: Any, wher
         "is_decoder": True,
         "add_cross_attention": True,
     }
-    encoder: dict[str, Any] = {"image_size": [picture.height, picture.width]} | _section(config, "encoder", where)
     return {
         **config,
-        "encoder": _settled_encoder(encoder, picture, where),
+        "encoder": _settled_encoder(config, picture, where),
         "decoder": of_decoder | _section(config, "decoder", where),
     }
 
 
-def check_sections(config: HubConfig, where: str) -> None:
-    """Raises ConfigError where encoder or decoder are missing, of a type that was not tried, or have unknown keys."""
-    for name in ("encoder", "decoder"):
-        _section(config, name, where)
+def check_sections(config: HubConfig, picture: PictureSpec, where: str) -> None:
+    """Raises ConfigError where encoder or decoder are missing, of a type that was not tried, have unknown keys, or are
+    made for other pictures."""
+    _settled_encoder(config, picture, where)
+    _section(config, "decoder", where)
 
 
 def _section(config: HubConfig, name: str, where: str) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def _section(config: HubConfig, name: str, where: str) -> dict[str, Any]:
     return section
 
 
-def _settled_encoder(encoder: dict[str, Any], picture: PictureSpec, where: str) -> dict[str, Any]:
+def _settled_encoder(config: HubConfig, picture: PictureSpec, where: str) -> dict[str, Any]:
+    encoder: dict[str, Any] = {"image_size": [picture.height, picture.width]} | _section(config, "encoder", where)
     size, patch = (_pair(encoder.get(name, usual)) for name, usual in (("image_size", 0), ("patch_size", 16)))
     if size != [picture.height, picture.width]:
         raise ConfigError(
