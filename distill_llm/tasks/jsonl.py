@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from distill_llm.core.answers import AnswerKind, equation_value, number_text, parse_number
-from distill_llm.core.assets import find_file
 from distill_llm.core.component import Component
 from distill_llm.core.errors import DataError
 from distill_llm.core.example import Example
@@ -25,7 +25,7 @@ _MAX_CHOICES = 26
 
 class Fields(Component):
     """Which column holds what. ``input`` may be several columns, one line each; None: the data has no such column.
-    ``picture``: an image, or the path of an image file, seen from the file or folder of the data.
+    ``picture``: an image, or the path of an image file, seen from the folder of the data's file.
     """
 
     input: tuple[str, ...] = ()
@@ -183,9 +183,8 @@ class Jsonl(Task):
         image = row.image(self.fields.picture)
         if isinstance(image, bytes) or image.startswith("/"):
             return image
-        data = find_file(self.data)
-        folder = data if data is None or data.is_dir() else data.parent
-        return image if folder is None else str(folder / image)
+        file = Path(row.where)  # of a file, its path
+        return str(file.parent / image) if file.is_file() else image
 
     def _question(self, row: Row) -> str:
         if self.template is None:

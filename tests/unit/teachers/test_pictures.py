@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from transformers import set_seed
 
-from distill_llm.core.errors import ConfigError, DataError
+from distill_llm.core.errors import ConfigError, DataError, Interrupted
 from distill_llm.core.example import Example, Splits, TeacherAnswer
 from distill_llm.core.signals import Batch, model_inputs, select_rows, signals_of
 from distill_llm.data.rows import Row, build_rows
@@ -24,7 +24,7 @@ from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.training.train import collator_for, make_trainer
+from distill_llm.training.train import collator_for, fit, make_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -360,3 +360,35 @@ def test_the_data_has_to_bring_the_pictures_that_it_should(tmp_path: Path) -> No
     bad: Any = Example("bad", "who ?", "who ?", picture=str(tmp_path / "a.png"))
     with pytest.raises(DataError, match=r"test example 'bad': the image .*a\.png' cannot be read"):
         check_pictures(recipe, Splits((), (), (bad,)))
+
+
+def test_a_resume_goes_on_to_the_bit(tiny_vision: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    """With dropout, and though a checkpoint has other names for the encoder's weights than the model. The finished
+    folder has what plain transformers needs to make pictures."""
+    recipe = _recipe(tmp_path, SEES, "teachers.big={kind: ema}")
+
+    def trainer(student: LoadedModel, folder: Path) -> Any:
+        set_seed(17)
+        return make_trainer(
+            student,
+            _rows(recipe, student),
+            spec=TrainSpec(max_steps=4, rows_per_step=4, rows_per_batch=2, learning_rate=1e-2, validate_every=2),
+            max_steps=4,
+            scheme=StepByStep(),
+            objective=Objective(recipe.objective),
+            teachers=open_teachers(recipe, recipe.objective, student),
+            validate=None,
+            folder=folder,
+            seed=17,
+        )
+
+    whole, stopped, resumed = (tiny_vision(seed=5, resid_pdrop=0.2) for _ in range(3))
+    fit(trainer(whole, tmp_path / "whole"), tmp_path / "whole")
+    steps = iter(range(1, 100))
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        fit(trainer(stopped, tmp_path / "parts"), tmp_path / "parts", stop_when=lambda: next(steps) == 3)
+    fit(trainer(resumed, tmp_path / "parts"), tmp_path / "parts")
+    expected = whole.model.state_dict()
+    other = {name: float((weight - expected[name]).abs().max()) for name, weight in resumed.model.state_dict().items()}
+    assert not any(other.values()), other
+    assert (tmp_path / "parts" / "model" / "preprocessor_config.json").is_file()
