@@ -24,6 +24,8 @@ from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.teachers.base import Sampling
+from distill_llm.teachers.transformers import Transformers
 from distill_llm.training.train import collator_for, fit, make_trainer
 
 if TYPE_CHECKING:
@@ -329,6 +331,12 @@ def test_a_teacher_of_the_other_modality_needs_a_view(
     long = f"teachers.big.view={PICTURE_VIEW.replace('{input}', 'reason about it : {input} and so on {input}')}"
     with pytest.raises(DataError, match="makes a picture that has no room for its text"):
         check_views(_recipe(tmp_path, long), EXAMPLES)
+
+
+def test_one_that_sees_writes_no_rationales(tiny_vision: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    _saved(tiny_vision(), tmp_path / "big")
+    with pytest.raises(ConfigError, match="reads pictures, and a prompt is text"):
+        Transformers(model=str(tmp_path / "big")).check(chat=False, sampling=Sampling())
 
 
 def test_a_teacher_that_sees_other_pictures_is_refused(tiny_vision: Callable[..., LoadedModel], tmp_path: Path) -> None:
