@@ -25,12 +25,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from distill_llm.core.component import kinds
 from distill_llm.core.errors import DistillError
 from distill_llm.losses.base import Loss
 from distill_llm.recipe.load import load_recipe
+
+Given = TypeVar("Given")
+Done = TypeVar("Done")
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 TRAINED = 0.9  # of the teacher's accuracy
@@ -126,12 +129,14 @@ def one_thread() -> None:
     quiet_libraries()
 
 
-def run_all(jobs: Sequence[Job], workers: int, say: Callable[[Outcome], None]) -> list[Outcome]:
-    """The outcome of each job, in order; each is said as soon as those before it are known."""
+def run_all(
+    work: Callable[[Given], Done], jobs: Sequence[Given], workers: int, say: Callable[[Done], None]
+) -> list[Done]:
+    """What ``work`` makes of each job, in order; each is said as soon as those before it are known."""
     outcomes = []
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread) as pool:
-        for outcome in pool.map(train, jobs):
+        for outcome in pool.map(work, jobs):
             say(outcome)
             outcomes.append(outcome)
     return outcomes
@@ -177,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("teachers.big: not one of its answers is right, so that there is nothing to learn from it.")
     began = time.monotonic()
     jobs = []
-    for way, own in ways_of(given.only).items():
-        for seed in range(1, given.seeds + 1):
+    for seed in range(1, given.seeds + 1):  # so that what is there after a stop compares all ways
+        for way, own in ways_of(given.only).items():
             folder = given.out / f"{way.replace(' ', '-').replace(',', '')}-{seed}"
             drawn = [f"seed={seed}", f"task.train_stream={100 + seed}", f"run_dir={folder}"]
             jobs.append(Job(way, seed, (*own, *drawn, *given.overrides)))
@@ -187,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         came = outcome.why if outcome.accuracy is None else f"{outcome.accuracy:.1%} in {outcome.seconds:.0f} s"
         print(f"{outcome.way}, seed {outcome.seed}: {came}", flush=True)
 
-    shown = table(run_all(jobs, given.workers, say), teacher)
+    shown = table(run_all(train, jobs, given.workers, say), teacher)
     recipe = load_recipe(RECIPE, given.overrides)
     about = (
         f"{recipe.train.max_steps} steps of {recipe.train.rows_per_step} rows at {recipe.train.learning_rate:g}, "

@@ -24,9 +24,10 @@ from rich.table import Table
 
 from distill_llm.models.load import build_student, load_tokenizer
 from distill_llm.models.spec import StudentSpec
-from distill_llm.rationales.prompts import PromptSpec, make_prompter
+from distill_llm.rationales.prompts import make_prompter
 from distill_llm.tasks.gsm8k import Gsm8k
 from distill_llm.teachers.base import Completion, Request, Sampling
+from distill_llm.teachers.prompt import PromptSpec
 from distill_llm.teachers.transformers import Transformers
 
 MODELS: dict[str, dict[str, Any]] = {

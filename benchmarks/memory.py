@@ -7,6 +7,9 @@ layer, so that what is measured is the head and the loss: forward, backward, gra
 
 `divergence` is the KL alone, in chunks; `trl` the same by TRL's chunked divergence, where TRL is installed. It need not
 be in the same environment: `pip install --no-deps --target /tmp/trl 'trl==1.16.*'`, then PYTHONPATH=/tmp/trl.
+
+On a GPU (`--device cuda`) a whole step comes before those that are measured, as kernels are chosen and compiled in the
+first; seconds are the median of some steps, between CUDA events, and the peak is the allocator's.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ COPIES = 16  # of all logits in float32, that the loss over all logits at once n
 WAYS = ("whole", "chunks", "divergence", "trl")
 PAIRS = (("whole", "chunks"), ("trl", "divergence"))  # the second is compared with the first
 TEMPERATURE = 2.0
+GPU_STEPS = 7
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}  # as TRL tells them apart
 
 
@@ -75,15 +79,20 @@ def _check_memory(options: argparse.Namespace, way: str) -> None:
 
 
 def _show(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
+    place = options.device
+    if place != "cpu":
+        import torch
+
+        place = torch.cuda.get_device_name()
     print(
         f"\n{options.tokens} supervised tokens, vocabulary {options.words}, hidden size {HIDDEN}, {options.precision}, "
-        f"{options.device}, {options.divergence}, medians of {options.repeats}\n\n"
+        f"{place}, {options.divergence}, medians of {options.repeats}\n\n"
         "| way | peak above the models, GiB | seconds | loss |\n"
         "|---|---|---|---|"
     )
     middle = {way: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for way, runs in found.items()}
     for way, values in middle.items():
-        print(f"| {way} | {values['peak'] / 2**30:.2f} | {values['seconds']:.1f} | {values['loss']:.6f} |")
+        print(f"| {way} | {values['peak'] / 2**30:.2f} | {values['seconds']:.3g} | {values['loss']:.6f} |")
     for first, second in PAIRS:
         if {first, second} <= middle.keys():
             peak, seconds = (middle[second][what] / middle[first][what] for what in ("peak", "seconds"))
@@ -110,11 +119,30 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         return value
 
     step(1, 2)
-    before = _peak_bytes(options.device, reset=True)
+    if options.device != "cpu":
+        return _measure_on_gpu(lambda: step(options.tokens // ROW_TOKENS, ROW_TOKENS))
+    before = _peak_bytes(reset=True)
     started = time.perf_counter()
     loss = step(options.tokens // ROW_TOKENS, ROW_TOKENS)
     seconds = time.perf_counter() - started
-    return {"peak": _peak_bytes(options.device) - before, "seconds": seconds, "loss": loss}
+    return {"peak": _peak_bytes() - before, "seconds": seconds, "loss": loss}
+
+
+def _measure_on_gpu(step: Callable[[], float]) -> dict[str, float]:
+    import torch
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times, loss = torch.cuda.memory_allocated(), [], 0.0
+    for _ in range(GPU_STEPS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        loss = step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return {"peak": torch.cuda.max_memory_allocated() - before, "seconds": statistics.median(times), "loss": loss}
 
 
 def _our_loss(options: argparse.Namespace, student: Any, big: Any) -> Callable[[Any], Any]:
@@ -167,21 +195,13 @@ def _trl_loss(options: argparse.Namespace, student: Any, teacher: Any) -> Callab
     return loss_of
 
 
-def _peak_bytes(device: str, *, reset: bool = False) -> int:
+def _peak_bytes(*, reset: bool = False) -> int:
     """Most memory so far; with ``reset``: what is taken now, from where a new peak is sought."""
-    if device == "cpu":
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux's way to forget the old peak
-        facts = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        wanted = "VmRSS" if reset else "VmHWM"
-        return next(int(line.split()[1]) for line in facts if line.startswith(wanted)) * 1024
-    import torch
-
-    torch.cuda.synchronize()
     if reset:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return torch.cuda.max_memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux's way to forget the old peak
+    facts = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    wanted = "VmRSS" if reset else "VmHWM"
+    return next(int(line.split()[1]) for line in facts if line.startswith(wanted)) * 1024
 
 
 def _model(options: argparse.Namespace, seed: int) -> Any:

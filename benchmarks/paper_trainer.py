@@ -1,7 +1,8 @@
 """The training of Hsieh et al. 2023 (arXiv:2305.02301) on a plain Hugging Face trainer: training.py's baseline.
 
 Batches of a fixed number of shuffled examples; label rows and rationale rows each padded to the longest of the batch
-and forwarded on their own; alpha * label + (1 - alpha) * rationale of the models' own mean losses; float32.
+and forwarded on their own; alpha * label + (1 - alpha) * rationale of the models' own mean losses; float32, or
+bfloat16 where the recipe says so.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def paper_trainer(
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         use_cpu=not torch.cuda.is_available(),
+        bf16=spec.precision == "bfloat16",
         save_strategy="no",
         logging_steps=log_every,
         report_to="none",

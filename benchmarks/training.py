@@ -9,7 +9,8 @@ The baseline is the training of Hsieh et al. 2023 (arXiv:2305.02301) on a plain 
 number of shuffled examples, each padded to its longest row, forwarded twice (label with `predict: `, rationale with
 `explain: `), with the models' own mean losses, alpha * label + (1 - alpha) * rationale, in float32. Rows, lengths,
 threads, optimiser, schedule and clipping are the same for all. Nobody validates or writes checkpoints; one step of each
-block is logged, ours with its diagnostics.
+block is logged, ours with its diagnostics. The soft labels' teacher is twice as wide as the student. All is done on a
+GPU where there is one (CUDA_VISIBLE_DEVICES="" hides it), and the baseline there in bfloat16 too.
 
 `--ours NAME KEY=VALUE ...` adds one more way of ours with these overrides of benchmarks/training.yaml; KEY=VALUE before
 all options are overrides for everybody.
@@ -49,9 +50,10 @@ from distill_llm.recipe.load import load_recipe
 from distill_llm.recipe.recipe import Recipe
 
 RECIPE = Path(__file__).with_suffix(".yaml")
+ROUGH_BASELINE = "baseline in bfloat16"
 BASELINE, OURS, ONLINE, CACHED = "baseline", "ours", "online soft labels", "cached soft labels"
 FASTER, CACHED_COST, ONLINE_COST = 2.5, 1.15, 1.1  # what is aimed at
-TEACHER = {"d_model": 320, "d_ff": 1024, "num_heads": 10}  # how it differs from the student
+WIDER = ("d_model", "d_ff", "num_heads")  # in the teacher, twice
 TOP_K = 32
 LAST = 10  # steps whose mean loss says where a training ended
 
@@ -82,15 +84,18 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> Way:
 
 
 class Steps(TrainerCallback):
-    """When each step ended, and what was logged of it."""
+    """When the steps of these numbers ended, a GPU's work included, and what was logged."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, numbers: Sequence[int] = ()) -> None:
+        self._clock, self._numbers = clock, numbers
         self.ends: list[float] = []
         self.losses: list[float] = []
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(self._clock())
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step in self._numbers:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # at the ends of a block alone: in between steps overlap as they do elsewhere
+            self.ends.append(self._clock())
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
@@ -129,13 +134,19 @@ def baseline_trainer(
     )
 
 
+def in_bfloat16(way: Way) -> Way:
+    train = way.recipe.train.model_copy(update={"precision": "bfloat16"})
+    return replace(way, recipe=way.recipe.model_copy(update={"train": train}))
+
+
 def seconds_a_step(make: Callable[..., Trainer], way: Way, given: argparse.Namespace, seed: int) -> float:
     """Mean over a block, from the end of its warm-up on: batches, forward, backward, optimiser, logs."""
-    clock = Steps(time.process_time if given.clock == "cpu" else time.perf_counter)
-    trainer = make(way, steps=given.warmup + given.steps, seed=seed, log_every=given.steps)
+    last = given.warmup + given.steps
+    clock = Steps(time.process_time if given.clock == "cpu" else time.perf_counter, (given.warmup, last))
+    trainer = make(way, steps=last, seed=seed, log_every=given.steps)
     trainer.add_callback(clock)
     trainer.train()
-    return (clock.ends[-1] - clock.ends[given.warmup - 1]) / given.steps
+    return (clock.ends[1] - clock.ends[0]) / given.steps
 
 
 def time_all(ways: dict[str, tuple[Callable[..., Trainer], Way]], given: argparse.Namespace) -> dict[str, list[float]]:
@@ -146,15 +157,15 @@ def time_all(ways: dict[str, tuple[Callable[..., Trainer], Way]], given: argpars
     for number in range(given.rounds):
         for name, (make, way) in ways.items():
             seconds[name].append(seconds_a_step(make, way, given, seed=1 + number))
-            print(f"round {number + 1}: {name}: {seconds[name][-1]:.3f} s a step", file=sys.stderr, flush=True)
+            print(f"round {number + 1}: {name}: {seconds[name][-1]:.4g} s a step", file=sys.stderr, flush=True)
     return seconds
 
 
 def make_teacher(student: Way, folder: Path) -> tuple[Path, int]:
     """A T5 with random weights and the student's words: what it says costs as much as sense; and its size."""
-    place = folder / "teacher"
+    place, sizes = folder / "teacher", dict[str, Any](student.recipe.student.config)
     spec = StudentSpec.model_validate(
-        {"config": {**student.recipe.student.config, **TEACHER}, "tokenizer": str(student.run.tokenizer)}
+        {"config": sizes | {key: 2 * sizes[key] for key in WIDER}, "tokenizer": str(student.run.tokenizer)}
     )
     torch.manual_seed(0)
     made = build_student(spec, _tokenizer(student))
@@ -163,14 +174,14 @@ def make_teacher(student: Way, folder: Path) -> tuple[Path, int]:
     return place, made.num_parameters
 
 
-def with_soft_labels(way: Way, teacher: Path, *, cached: bool) -> list[str]:
+def with_soft_labels(way: Way, teacher: Path, dtype: str, *, cached: bool) -> list[str]:
     """Overrides that add a soft label to each of the recipe's terms."""
     hard = [term.model_dump(mode="json") for term in way.recipe.objective]
     soft = [
         {"name": f"soft_{t}", "loss": {"kind": "forward_kl"}, "targets": [t], "teacher": "soft" if cached else "big"}
         for t in ("label", "rationale")
     ]
-    teachers: dict[str, Any] = {"big": {"kind": "frozen", "model": str(teacher)}}
+    teachers: dict[str, Any] = {"big": {"kind": "frozen", "model": str(teacher), "dtype": dtype}}
     if cached:
         teachers["soft"] = {"kind": "cached", "of": "big", "payload": {"kind": "top_k", "k": TOP_K}}
     named = [f"objective={json.dumps([*hard, *soft])}", f"teachers={json.dumps(teachers)}"]
@@ -218,7 +229,7 @@ def report_speed(seconds: dict[str, list[float]], examples: int) -> None:
             continue
         ratios = [theirs / own for theirs, own in zip(seconds[BASELINE], spent, strict=True)]
         lead = "| | |" if name == BASELINE else f"| {spread(ratios)} | {verdict(median(ratios) >= FASTER, FASTER)} |"
-        print(f"| {name} | {median(spent):.3f} | {examples / median(spent):.1f} {lead}")
+        print(f"| {name} | {median(spent):.4g} | {examples / median(spent):.1f} {lead}")
 
 
 def report_soft(seconds: dict[str, list[float]], on: str, limits: dict[str, float], skipped: str) -> None:
@@ -226,7 +237,7 @@ def report_soft(seconds: dict[str, list[float]], on: str, limits: dict[str, floa
     for name, limit in limits.items():
         ratios = [own / without for own, without in zip(seconds[name], seconds[on], strict=True)]
         met = verdict(median(ratios) <= limit, limit)
-        print(f"| {name} | {median(seconds[name]):.3f} | {spread(ratios)} | {met} |")
+        print(f"| {name} | {median(seconds[name]):.4g} | {spread(ratios)} | {met} |")
     if skipped:
         print(f"| {CACHED} | skipped: {skipped} | | |")
 
@@ -249,6 +260,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, for all ways")
     parser.add_argument("--ours", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"))
     parser.add_argument("--soft-on", default=OURS, metavar="NAME", help="the way of ours that soft labels are added to")
+    parser.add_argument("--teacher-dtype", default="auto", help="of the soft labels' teacher; auto: float32")
     parser.add_argument("--parts", nargs="+", choices=["a", "b", "c", "d"], default=["a", "b", "c", "d"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="timed in each block")
@@ -280,6 +292,8 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     timed: dict[str, tuple[Callable[..., Trainer], Way]] = {}
     if "a" in given.parts:
         timed[BASELINE] = (baseline_trainer, own[OURS])
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+            timed[ROUGH_BASELINE] = (baseline_trainer, in_bfloat16(own[OURS]))
     timed |= {name: (our_trainer, way) for name, way in own.items() if "a" in given.parts or name == given.soft_on}
     soft, limits, skipped = add_soft_labels(own[given.soft_on], given, folder)
     timed |= {name: (our_trainer, way) for name, way in soft.items()}
@@ -320,11 +334,11 @@ def add_soft_labels(base: Way, given: argparse.Namespace, folder: Path) -> tuple
     weights = build_student(base.recipe.student, _tokenizer(base)).num_parameters
     print(f"Teacher of soft labels: Nt = {size:,} parameters; student: Ns = {weights:,}.")
     if "c" in given.parts:
-        soft[ONLINE] = prepare(ONLINE, with_soft_labels(base, teacher, cached=False), folder)
+        soft[ONLINE] = prepare(ONLINE, with_soft_labels(base, teacher, given.teacher_dtype, cached=False), folder)
         limits[ONLINE] = ONLINE_COST * (1 + size / (3 * weights))
     skipped = why_no_cache() if "b" in given.parts else ""
     if "b" in given.parts and not skipped:
-        soft[CACHED] = prepare(CACHED, with_soft_labels(base, teacher, cached=True), folder)
+        soft[CACHED] = prepare(CACHED, with_soft_labels(base, teacher, given.teacher_dtype, cached=True), folder)
         limits[CACHED] = CACHED_COST
         print(f"Cache of the top {TOP_K}: written in {fill_cache(soft[CACHED]):.0f} s.")
     return soft, limits, skipped
@@ -337,7 +351,8 @@ def describe(own: dict[str, Way], given: argparse.Namespace) -> None:
     means = {
         target: [sum(map(len, ids)) / len(ids) for ids in _ids_of(rows, target)] for target in ("label", "rationale")
     }
-    print(f"python {platform.python_version()}, {versions}, {given.threads} threads; {len(rows):,} rows.")
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{given.threads} threads"
+    print(f"python {platform.python_version()}, {versions}, {place}; {len(rows):,} rows.")
     for target, (inputs, labels) in means.items():
         print(f"Mean tokens of a {target} row: {inputs:.1f} in, {labels:.1f} out.")
     print(

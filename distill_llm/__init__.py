@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_llm.pipeline.run import cache_signals, evaluate, generate_rationales, run, student_trainer, train
+    from distill_llm.pipeline.sweep import sweep
     from distill_llm.recipe.load import load_recipe
     from distill_llm.training.trainer import DistillTrainer
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_recipe",
     "run",
     "student_trainer",
+    "sweep",
     "train",
 ]
 
@@ -30,6 +32,7 @@ _HOME = {
     "evaluate": "distill_llm.pipeline.run",
     "run": "distill_llm.pipeline.run",
     "student_trainer": "distill_llm.pipeline.run",
+    "sweep": "distill_llm.pipeline.sweep",
     "DistillTrainer": "distill_llm.training.trainer",
 }
 

@@ -17,6 +17,7 @@ from distill_llm.core.features import LOGITS, Features, Reading, Side, all_of
 from distill_llm.core.schedule import Schedule, number_at
 from distill_llm.core.signals import (
     IGNORE_INDEX,
+    OWN,
     Batch,
     LazySignals,
     Signals,
@@ -73,6 +74,15 @@ class Term(Component):
         """With its schedules at their values when a share ``progress`` (0..1) of the training is done."""
         return self.model_copy(update={"weight": number_at(self.weight, progress), "loss": self.loss.at(progress)})
 
+    def for_learner(self, name: str, factor: float = 1.0) -> Term:
+        """The same for another model that learns in the training, under another name, its weight times ``factor``."""
+        if isinstance(self.weight, Schedule):
+            ends = {"start": factor * self.weight.start, "end": factor * self.weight.end}
+            weight: float | Schedule = self.weight.model_copy(update=ends)
+        else:
+            weight = factor * self.weight
+        return self.model_copy(update={"name": f"{self.name}_{name}", "weight": weight})
+
     @property
     def layers(self) -> FeatureLoss | None:
         """Its loss, where that looks at layers and not at logits."""
@@ -106,11 +116,18 @@ class Term(Component):
         mean = self.of_each(student, teacher).sum() / count.clamp_min(1)
         return weight * mean, mean.detach()
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Its targets as batches number them; those of the student's own texts too where it has a teacher."""
+        given = tuple(TARGETS.index(target) for target in self.targets)
+        return given if self.teacher is None else (*given, *(number + OWN for number in given))
+
     def owns(self, targets: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Which entries belong to this term."""
-        owned = targets == TARGETS.index(self.targets[0])
-        for target in self.targets[1:]:
-            owned = owned | (targets == TARGETS.index(target))
+        first, *others = self.numbers
+        owned = targets == first
+        for number in others:
+            owned = owned | (targets == number)
         return owned
 
 
@@ -158,15 +175,26 @@ class Objective:
     ``count_k`` is the number of tokens of term k over the whole accumulated batch and all ranks, so a label of two
     tokens is not drowned by a rationale of eighty. With terms label and rationale this is the loss of Hsieh et al.
     2023, arXiv:2305.02301, eq. 3, with its two means over tokens. Row weights multiply losses, not counts: what a row
-    adds does not depend on the weights of others.
+    adds does not depend on the weights of others. Where several models learn in one training, ``learners`` names for
+    each term the one that it is for; empty: there is but one.
     """
 
-    def __init__(self, terms: Sequence[Term]):
+    def __init__(self, terms: Sequence[Term], learners: Sequence[str] = ()):
         self.terms = tuple(terms)
+        self.learners = tuple(learners)
 
     def at(self, progress: float) -> Objective:
         """The objective when a share ``progress`` (0..1) of the training is done: without terms that have ended."""
-        return Objective([term.at(progress) for term in self.terms if progress < term.until])
+        going = [index for index, term in enumerate(self.terms) if progress < term.until]
+        learners = [self.learners[index] for index in going] if self.learners else ()
+        return Objective([self.terms[index].at(progress) for index in going], learners)
+
+    def of(self, learner: str) -> Objective:
+        """The terms of one learner; all of them where nobody is named."""
+        return Objective([self.terms[index] for index in self._own(learner)])
+
+    def _own(self, learner: str) -> list[int]:
+        return [index for index in range(len(self.terms)) if not self.learners or self.learners[index] == learner]
 
     def counts(self, batch: Batch) -> Int[Tensor, " K"]:
         """Tokens of each term in one batch: supervised ones, or the input's for a term on an encoder."""
@@ -193,10 +221,8 @@ class Objective:
         return all_of(asked) if asked else LOGITS
 
     def asks(self, teacher: str) -> frozenset[int]:
-        """The targets (index into TARGETS) about which some term asks this teacher."""
-        return frozenset(
-            TARGETS.index(target) for term in self.terms if term.teacher == teacher for target in term.targets
-        )
+        """The targets (as batches number them) about which some term asks this teacher."""
+        return frozenset(number for term in self.terms if term.teacher == teacher for number in term.numbers)
 
     def __call__(
         self,
@@ -204,11 +230,15 @@ class Objective:
         teachers: Mapping[str, Taught | LazySignals],
         counts: Int[Tensor, " K"],
         watch: Watch | None = None,
+        learner: str = "",
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss, and each term's share of its mean. A teacher's signals may cover only the targets it teaches.
 
-        A student's lazy signals are gone through in chunks: the same loss and gradients, but for rounding.
+        A student's lazy signals are gone through in chunks: the same loss and gradients, but for rounding. ``learner``:
+        whose signals ``student`` are, where several learn.
         """
+        if self.learners:
+            return self.of(learner)(student, teachers, counts[self._own(learner)], watch)
         deep, deep_means = self._of_layers(student, teachers, counts)
         if isinstance(student, LazySignals):
             total, means = self._in_chunks(student, teachers, counts, watch)
@@ -305,9 +335,7 @@ class Objective:
         """
         for target, (start, stop) in student.tokens.spans.items():
             terms = tuple(
-                index
-                for index, term in enumerate(self.terms)
-                if TARGETS[target] in term.targets and term.layers is None
+                index for index, term in enumerate(self.terms) if target in term.numbers and term.layers is None
             )
             if not terms:
                 continue

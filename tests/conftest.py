@@ -36,11 +36,15 @@ _SHAPE_CHECKED = tuple(
         "core.layout",
         "core.signals",
         "core.sparse",
+        "models.cheap_dropout",
+        "models.cpu_training",
         "models.forward",
         "models.layers",
         "models.head",
         "models.picture",
         "models.vision",
+        "models.peers",
+        "models.exits",
         "losses",
         "objective",
         "data",
@@ -53,23 +57,36 @@ _IN_ORDER = (
     ("distill_llm.core.layout", ()),
     ("distill_llm.core.signals", ("Signals", "LazySignals", "Batch")),
     ("distill_llm.core.sparse", ("SparseSignals",)),
+    ("distill_llm.models.cheap_dropout", ()),
+    ("distill_llm.models.cpu_training", ()),
     ("distill_llm.models.picture", ("Painter", "Picture")),
     ("distill_llm.models.vision", ()),
     ("distill_llm.models.forward", ("Passed", "Heads")),
+    ("distill_llm.models.peers", ("Peers",)),
     ("distill_llm.models.layers", ()),
     ("distill_llm.models.head", ("OutputHead",)),
+    ("distill_llm.models.exits", ()),
     ("distill_llm.losses.base", ()),
     ("distill_llm.losses.layers", ()),
     ("distill_llm.losses", ()),
-    ("distill_llm.objective", ("Objective",)),
+    ("distill_llm.objective", ("Objective", "Term")),
     ("distill_llm.data.view", ("StudentView",)),
     ("distill_llm.data.rows", ("Row",)),
     ("distill_llm.data.cuts", ("TokenCuts",)),
     ("distill_llm.data.sampler", ()),
-    ("distill_llm.data.collate", ()),
+    ("distill_llm.data.collate", ("Collator",)),
+    ("distill_llm.schemes.stages", ()),
     ("distill_llm.schemes.base", ()),
+    ("distill_llm.schemes.step_by_step", ()),
     ("distill_llm.schemes", ()),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs unless tests for one are asked for (``-m gpu``): all others compare with what a CPU computes."""
+    chosen = str(config.getoption("markexpr"))
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _check_shapes() -> None:
@@ -86,6 +103,7 @@ def _check_shapes() -> None:
     names: dict[str, Any] = {
         "Tensor": torch.Tensor,
         "TensorTeacher": Any,
+        "Scheme": Any,
         "device": torch.device,
     }  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from distill_llm.cache.payload import Payload, must_be_numbers
+from distill_llm.cache.payload import Payload, Said, must_be_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,19 +30,13 @@ class LastHidden(Payload):
     def bfloat16(self) -> tuple[str, ...]:
         return ("hidden",) if self.dtype == "bfloat16" else ()
 
-    def encode(
-        self,
-        hidden: Float[Tensor, "M D"],
-        make_logits: Callable[[Tensor], Tensor],
-        temperatures: Sequence[float],
-        noise: Float[Tensor, "M R S"] | None,
-    ) -> Columns:
+    def encode(self, said: Said) -> Columns:
         import torch
 
-        must_be_numbers(hidden)
+        must_be_numbers(said.hidden)
         if self.dtype == "float32":
-            return {"hidden": hidden.float().cpu().numpy()}
-        return {"hidden": hidden.to("cpu", torch.bfloat16).view(torch.uint16).numpy()}
+            return {"hidden": said.hidden.float().cpu().numpy()}
+        return {"hidden": said.hidden.to("cpu", torch.bfloat16).view(torch.uint16).numpy()}
 
     def hidden_of(self, columns: Mapping[str, Any]) -> Float[Tensor, "N D"]:
         """The hidden states of N tokens, on the CPU."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_llm.core.component import Component
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
     from distill_llm.cache.shards import Columns
     from distill_llm.core.signals import Signals
     from distill_llm.core.sparse import SparseSignals
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a teacher says of M tokens: what goes into its head, and what makes logits of that.
+
+    ``temperatures`` matter only to payloads that fix them; ``noise`` is that of the payload.
+    """
+
+    hidden: Float[Tensor, "M D"]
+    make_logits: Callable[[Tensor], Tensor]
+    temperatures: Sequence[float] = (1.0,)
+    noise: Float[Tensor, "M R S"] | None = None
+
+    def logits(self) -> Float[Tensor, "M V"]:
+        return self.make_logits(self.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The columns of N tokens as a cache has them; ``about`` says which tokens, and on which device."""
+
+    columns: Mapping[str, Any]
+    about: Signals
+    width: int
+    temperatures: tuple[float, ...] = (1.0,)
 
 
 class Payload(Component):
@@ -37,19 +64,11 @@ class Payload(Component):
         return None
 
     @abstractmethod
-    def encode(
-        self,
-        hidden: Float[Tensor, "M D"],
-        make_logits: Callable[[Tensor], Tensor],
-        temperatures: Sequence[float],
-        noise: Float[Tensor, "M R S"] | None,
-    ) -> Columns:
-        """The columns of M tokens, from what goes into the teacher's head. Raises TeacherError where that is NaN."""
+    def encode(self, said: Said) -> Columns:
+        """The columns of M tokens. Raises TeacherError where what goes into the head is NaN."""
 
-    def decode(
-        self, columns: Mapping[str, Any], about: Signals, *, width: int, temperatures: tuple[float, ...]
-    ) -> SparseSignals:
-        """The teacher's signals from the columns of N tokens; ``about`` says which tokens, and on which device."""
+    def decode(self, kept: Kept) -> SparseSignals:
+        """The teacher's signals of N tokens."""
         raise NotImplementedError(f"{type(self).__name__} gives logits")
 
     def captured_mass(self, columns: Columns) -> float | None:

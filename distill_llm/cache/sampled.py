@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distill_llm.cache.payload import Payload, must_be_numbers
+from distill_llm.cache.payload import Kept, Payload, Said, must_be_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from distill_llm.cache.shards import Columns
-    from distill_llm.core.signals import Signals
     from distill_llm.core.sparse import SparseSignals
 
 
@@ -39,27 +38,21 @@ class Sampled(Payload):
         ]
         return torch.cat(each)
 
-    def encode(
-        self,
-        hidden: Float[Tensor, "M D"],
-        make_logits: Callable[[Tensor], Tensor],
-        temperatures: Sequence[float],
-        noise: Float[Tensor, "M R S"] | None,
-    ) -> Columns:
+    def encode(self, said: Said) -> Columns:
         import torch
 
         from distill_llm.cache.packing import bits_for, pack, pack_logs
 
-        assert noise is not None
-        logits = make_logits(hidden).float()
+        assert said.noise is not None
+        logits = said.logits().float()
         logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
         ids, entropies = [], []
-        for number, temperature in enumerate(temperatures):
+        for number, temperature in enumerate(said.temperatures):
             # In float64: the rounding of a sum over a hundred thousand words would favour the last ones.
             p = (logits.double() / temperature).softmax(-1)
             entropies.append(torch.special.entr(p).sum(-1))
             sums = p.cumsum(-1)
-            drawn = noise[:, number].to(sums.device) * sums[:, -1:]
+            drawn = said.noise[:, number].to(sums.device) * sums[:, -1:]
             ids.append(torch.searchsorted(sums, drawn, right=True).clamp_max(logits.size(-1) - 1))
         must_be_numbers(entropies[0])
         ids.append(logits.argmax(-1, keepdim=True))
@@ -68,22 +61,21 @@ class Sampled(Payload):
             "entropies": pack_logs(-torch.stack(entropies, -1).cpu().numpy()),
         }
 
-    def decode(
-        self, columns: Mapping[str, Any], about: Signals, *, width: int, temperatures: tuple[float, ...]
-    ) -> SparseSignals:
+    def decode(self, kept: Kept) -> SparseSignals:
         import torch
 
         from distill_llm.cache.packing import bits_for, unpack, unpack_logs
         from distill_llm.core.sparse import SampledSignals
 
-        home, number = about.token_ids.device, len(temperatures)
-        packed = torch.from_numpy(unpack(columns["word_ids"], bits_for(width), number * self.samples + 1)).to(home)
+        home, number = kept.about.token_ids.device, len(kept.temperatures)
+        count = number * self.samples + 1
+        packed = torch.from_numpy(unpack(kept.columns["word_ids"], bits_for(kept.width), count)).to(home)
         return SampledSignals(
-            token_ids=about.token_ids,
-            targets=about.targets,
-            width=width,
-            temperatures=temperatures,
+            token_ids=kept.about.token_ids,
+            targets=kept.about.targets,
+            width=kept.width,
+            temperatures=kept.temperatures,
             word_ids=packed[:, :-1].unflatten(1, (number, self.samples)),
-            entropies=torch.from_numpy(-unpack_logs(columns["entropies"])).to(home),
+            entropies=torch.from_numpy(-unpack_logs(kept.columns["entropies"])).to(home),
             best=packed[:, -1],
         )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distill_llm.cache.payload import Payload, must_be_numbers
+from distill_llm.cache.payload import Kept, Payload, Said, must_be_numbers
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
     from distill_llm.cache.shards import Columns
-    from distill_llm.core.signals import Signals
     from distill_llm.core.sparse import SparseSignals
 
 
@@ -29,49 +24,41 @@ class TopK(Payload):
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=32, gt=0, le=4096, description="words of each token")
 
-    def encode(
-        self,
-        hidden: Float[Tensor, "M D"],
-        make_logits: Callable[[Tensor], Tensor],
-        temperatures: Sequence[float],
-        noise: Float[Tensor, "M R S"] | None,
-    ) -> Columns:
+    def encode(self, said: Said) -> Columns:
         import torch
 
         from distill_llm.cache.packing import bits_for, pack, pack_logs, pack_odds
 
-        logits = make_logits(hidden).float()
+        logits = said.logits().float()
         width = logits.size(-1)
         top = logits.topk(min(self.k, width))
         log_probs = top.values - logits.logsumexp(-1, keepdim=True)
         must_be_numbers(log_probs[:, 0])
         others = logits.scatter(-1, top.indices, -torch.inf)
-        odds = [(others / one).logsumexp(-1) - (top.values / one).logsumexp(-1) for one in temperatures]
+        odds = [(others / one).logsumexp(-1) - (top.values / one).logsumexp(-1) for one in said.temperatures]
         return {
             "word_ids": pack(top.indices.cpu().numpy(), bits_for(width)),
             "log_probs": pack_logs(log_probs.cpu().numpy()),
             "log_odds": pack_odds(torch.stack(odds, -1).cpu().numpy()),
         }
 
-    def decode(
-        self, columns: Mapping[str, Any], about: Signals, *, width: int, temperatures: tuple[float, ...]
-    ) -> SparseSignals:
+    def decode(self, kept: Kept) -> SparseSignals:
         import torch
 
         from distill_llm.cache.packing import bits_for, unpack, unpack_logs, unpack_odds
         from distill_llm.core.sparse import TopSignals
 
-        home = about.token_ids.device
-        known = columns.get("known")
-        ids = unpack(columns["word_ids"], bits_for(width), min(self.k, width))
+        home = kept.about.token_ids.device
+        known = kept.columns.get("known")
+        ids = unpack(kept.columns["word_ids"], bits_for(kept.width), min(self.k, kept.width))
         return TopSignals(
-            token_ids=about.token_ids,
-            targets=about.targets,
-            width=width,
-            temperatures=temperatures,
+            token_ids=kept.about.token_ids,
+            targets=kept.about.targets,
+            width=kept.width,
+            temperatures=kept.temperatures,
             word_ids=torch.from_numpy(ids).to(home),
-            log_probs=torch.from_numpy(unpack_logs(columns["log_probs"])).to(home),
-            log_odds=torch.from_numpy(unpack_odds(columns["log_odds"])).to(home),
+            log_probs=torch.from_numpy(unpack_logs(kept.columns["log_probs"])).to(home),
+            log_odds=torch.from_numpy(unpack_odds(kept.columns["log_odds"])).to(home),
             known=None if known is None else torch.from_numpy(known).to(home, torch.bool),
         )
 

@@ -39,6 +39,10 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipe")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or one that came with the package")]
+Retrain = Annotated[
+    bool,
+    typer.Option("--retrain", help="set models that the recipe would train otherwise aside, and train them anew"),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.max_steps=100")
 ]
@@ -134,6 +138,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     arm: Annotated[list[str] | None, typer.Option(help="which models to train: student, all, or a name")] = None,
+    retrain: Retrain = False,
 ) -> None:
     """Stage two: train the student (or its controls). Resumes from the last checkpoint; works under torchrun."""
     from distill_llm.pipeline.run import train as train_student
@@ -141,7 +146,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     with _progress() as progress:
-        run = train_student(loaded, arms=arm or ["student"], progress=progress)
+        run = train_student(loaded, arms=arm or ["student"], retrain=retrain, progress=progress)
     _console().print(f"Trained: {', '.join(run.trained_arms())}, in {run.models}", highlight=False)
     _next(f"distill-llm evaluate {run.root}")
 
@@ -160,10 +165,36 @@ def evaluate(
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, retrain: Retrain = False) -> None:
     """All stages, with ablations and controls. Resumes at the first that is unfinished."""
-    card, folder = _run(recipe, overrides or [])
+    card, folder = _run(recipe, overrides or [], retrain=retrain)
     _show(card, folder)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=[VALUE,...]...", help="keys to vary, and overrides for all runs")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="training seeds of each setting; their mean decides")] = 1,
+    sample: Annotated[int, typer.Option(help="try so many settings of the grid, drawn at random; 0: all")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs; run nothing")] = False,
+) -> None:
+    """Try teachers, temperatures, sizes or any other key; validation picks, the pick is scored on test. Resumes."""
+    from distill_llm.cli.sweep import show_grid, show_sweep
+    from distill_llm.pipeline.sweep_grid import plan_sweep
+    from distill_llm.recipe.load import read_recipe
+
+    plan = plan_sweep(read_recipe(recipe), settings or [], seeds=seeds, sample=sample, source=recipe)
+    if dry_run:
+        show_grid(plan, _console())
+        return
+    from distill_llm.pipeline.sweep import run_sweep
+
+    with _progress() as progress:
+        report = run_sweep(plan, progress)
+    show_sweep(report, plan.folder, _console())
 
 
 @app.command()
@@ -195,24 +226,32 @@ def tasks() -> None:
     _console().print(table)
 
 
-def _run(recipe: str, overrides: Sequence[str]) -> tuple[Scorecard, Path]:
+def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tuple[Scorecard, Path]:
     from distill_llm.pipeline.run import run as run_recipe
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     with _progress() as progress:
-        return run_recipe(loaded, progress=progress), loaded.folder
+        return run_recipe(loaded, retrain=retrain, progress=progress), loaded.folder
 
 
 def _show(card: Scorecard, folder: Path) -> None:
+    from distill_llm.evaluation.avalanche import in_words, to_avalanche_table
+    from distill_llm.evaluation.classes import class_table
     from distill_llm.evaluation.scorecard import to_comparison_table, to_table
 
     console = _console()
     console.print()
     console.print(to_table(card))
+    if any(one.left_out for one in card.classes):
+        console.print(class_table(card.classes))
     if card.comparisons:
         console.print()
         console.print(to_comparison_table(card))
+    if card.avalanche is not None:
+        console.print()
+        console.print(to_avalanche_table(card.avalanche))
+        console.print(in_words(card.avalanche), highlight=False)
     console.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
     console.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
     console.print(f"The student: {folder / 'models' / 'student' / 'model'}", highlight=False)

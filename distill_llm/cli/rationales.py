@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from distill_llm.rationales.members import describe_dropped
+
 if TYPE_CHECKING:
     from distill_llm.hub.upload import Upload
     from distill_llm.pipeline.preview import Preview
@@ -22,6 +24,8 @@ def show_preview(preview: Preview, console: Console) -> None:
     console.print(f"tokens a prompt: {about}{least:,} to {most:,}, mean {mean:,}", highlight=False)
     if not preview.exact:
         console.print("(a token is taken for 4 characters: the teacher's tokenizer is not at hand)", highlight=False)
+    for name, reason in preview.failing.items():
+        console.print(f"the teacher '{name}' would be dropped: {reason}", markup=False, highlight=False)
     table = _table("split", "requests", "answered already", "tokens in", "tokens out, at most")
     for part in preview.splits:
         table.add_row(
@@ -58,6 +62,21 @@ def show_funnel(funnel: Mapping[str, Mapping[str, Any]], console: Console) -> No
         reasons += [f"{counts['cut']:,} cut at max_new_tokens"] if counts["cut"] else []
         if reasons:
             console.print(f"{split}: {'; '.join(reasons)}", highlight=False)
+    _show_teachers(funnel, console)
+
+
+def _show_teachers(funnel: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Each of several teachers' part."""
+    table = _table("teacher", "split", "asked", "completed", "parsed", "kept", "right", "say in votes")
+    for split, counts in funnel.items():
+        for name, share in counts.get("teachers", {}).items():
+            right = "no labels" if share["accuracy"] is None else f"{share['accuracy']:.2%} of {share['known']:,}"
+            asked = (f"{share[key]:,}" for key in ("asked", "completed", "parsed", "kept"))
+            table.add_row(name, split, *asked, right, f"{share['say']:.3g}")
+    if table.row_count:
+        console.print(table)
+    for line in describe_dropped({split: counts.get("teachers", {}) for split, counts in funnel.items()}):
+        console.print(line, markup=False, highlight=False)
 
 
 def show_ledger(report: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -73,6 +92,13 @@ def show_ledger(report: Mapping[str, Mapping[str, Any]], console: Console) -> No
         f"{total['tokens_out']:,} out; {total['seconds']:,.0f} s, {total['tokens_per_second']:,.0f} tokens/s{cost}",
         highlight=False,
     )
+    for name, spent in report.get("teachers", {}).items():
+        cost = f", {spent['cost']:,.4f} {spent['currency']}" if spent["cost"] is not None else ""
+        console.print(
+            f"  {name}: {spent['requests']:,} requests; {spent['tokens_in']:,} tokens in, {spent['tokens_out']:,} out; "
+            f"{spent['seconds']:,.0f} s{cost}",
+            highlight=False,
+        )
 
 
 def show_uploads(files: Sequence[Upload], console: Console) -> None:

@@ -14,12 +14,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 @app.command()
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """The recipe with every default filled in, as YAML."""
+    """The recipe with every default filled in, as YAML; the stages of its scheme, if it has several, as comments."""
     import yaml
 
     from distill_llm.recipe.load import load_recipe
+    from distill_llm.schemes.stages import outline
 
     loaded = load_recipe(recipe, overrides or [])
+    for line in outline(loaded.stages):
+        typer.echo(f"# {line}")
     typer.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
 
 
@@ -27,9 +30,12 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Whether the recipe is valid. Reads no data and no weights."""
     from distill_llm.recipe.load import load_recipe
+    from distill_llm.schemes.stages import outline
 
     loaded = load_recipe(recipe, overrides or [])
     typer.echo(f"{recipe}: valid; it fills {loaded.folder}")
+    for line in outline(loaded.stages):
+        typer.echo(f"  {line}")
 
 
 @app.command()

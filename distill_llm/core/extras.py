@@ -9,9 +9,13 @@ from types import ModuleType
 from distill_llm.core.errors import ConfigError
 
 
+def is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def need(package: str, extra: str, *, where: str) -> None:
     """Raises ConfigError where ``package``, which the optional dependencies ``extra`` hold, is not installed."""
-    if importlib.util.find_spec(package) is None:
+    if not is_there(package):
         raise ConfigError(
             f"{where}: this needs the package '{package}', which is not installed. Type: "
             f"pip install 'distill-llm[{extra}]'"

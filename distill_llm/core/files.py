@@ -52,7 +52,11 @@ def _refusal(error: Exception) -> int | None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends without an error, and vanishes otherwise."""
+    """A temporary path that becomes ``path`` when the block ends without an error, and vanishes otherwise.
+
+    Of a link, what it points to is replaced: runs that share a file go on sharing it.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")

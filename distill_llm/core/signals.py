@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, Any]
-"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS), ``agreement`` [B]
-(of the votes, 1 without any) and ``keys`` [B] (of the rows, by which signals on disk are found); ``decoder_input_ids``
-[B, T] too where the model is an encoder-decoder. One that reads pictures has ``pixel_values`` [B, C, H, W] in place of
-the first two. A teacher with a view of its own has columns of its own (``view_column``), ``places`` [B, L] among them:
-for each label token of the row, which of the teacher's is its counterpart, -1 for none."""
+"""Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS, plus OWN where the
+text is the student's own), ``agreement`` [B] (of the votes, 1 without any); ``keys`` [B] (of the rows) where signals on
+disk are found by them; ``decoder_input_ids`` [B, T] where the model is an encoder-decoder. One that reads pictures has
+``pixel_values`` [B, C, H, W] in place of the first two. A teacher with a view of its own has columns of its own
+(``view_column``), ``places`` [B, L] among them: for each label token of the row, which of the teacher's is its
+counterpart, -1 for none."""
 
 IGNORE_INDEX = -100
+OWN = len(TARGETS)
+"""Stands on top of a row's target where the student itself wrote the text. Such rows are targets of their own: what is
+right is not known there, so that only terms with a teacher own them."""
 _VIEW = "view."
 _BOOKKEEPING = ("labels", "targets", "agreement", "keys", "places", INPUT)
 _PIXELS = "pixel_values"
@@ -58,7 +62,7 @@ class Signals:
         return self if self.logits.size(-1) == width else replace(self, logits=self.logits[:, :width])
 
     def of_target(self, target: int) -> Signals:
-        """The tokens of one target (index into TARGETS), in row order."""
+        """The tokens of one target (as in the column ``targets``), in row order."""
         return self.where(self.targets == target)
 
     def part(self, start: int, stop: int) -> Signals:
@@ -75,7 +79,8 @@ class Tokens:
     """The N supervised tokens of a batch, those of one target together, in row order within it.
 
     The logits that predict a token stand at its ``rows`` and ``columns``. ``spans`` says from where to where each
-    target goes (index into TARGETS; those without a token are left out), and is known without asking the device again.
+    target goes (as in the column ``targets``; those without a token are left out), and is known without asking the
+    device again.
     """
 
     rows: Int[Tensor, " N"]
@@ -112,7 +117,7 @@ class LazySignals:
         return Signals(logits, tokens.token_ids[start:stop], tokens.targets[start:stop], agreement, known=known)
 
     def of_target(self, target: int) -> TargetSignals:
-        """The tokens of one target (index into TARGETS)."""
+        """The tokens of one target (as in the column ``targets``)."""
         return TargetSignals(self, self.tokens.spans[target][0])
 
 
@@ -127,6 +132,14 @@ class TargetSignals:
         """The tokens from ``start`` on, up to ``stop``, counted from the target's first."""
         start, stop = self.first + start, self.first + stop
         return self.signals.said(start, stop, self.signals.hidden[start:stop])
+
+
+def all_at_once(said: LazySignals) -> Signals:
+    """The same with all logits made, in row order, as signals are that were never lazy."""
+    tokens = said.tokens
+    order = (tokens.rows * (tokens.columns.amax() + 1) + tokens.columns).argsort() if len(tokens.rows) else tokens.rows
+    whole = said.said(0, len(tokens.rows), said.hidden)
+    return replace(whole._picked(order), features=said.features)
 
 
 def aligned_labels(batch: Batch) -> Int[Tensor, "B T"]:
@@ -151,8 +164,8 @@ def tokens_of(batch: Batch) -> Tokens:
     import torch
 
     labels = aligned_labels(batch)
-    targets = batch["targets"][:, None].expand_as(labels).where(labels != IGNORE_INDEX, len(TARGETS)).flatten()
-    sizes = torch.stack([(targets == target).sum() for target in range(len(TARGETS))]).tolist()
+    targets = batch["targets"][:, None].expand_as(labels).where(labels != IGNORE_INDEX, 2 * OWN).flatten()
+    sizes = torch.stack([(targets == target).sum() for target in range(2 * OWN)]).tolist()
     places = targets.argsort(stable=True)[: sum(sizes)]
     rows = places.div(labels.size(1), rounding_mode="floor")
     stops = list(accumulate(sizes))

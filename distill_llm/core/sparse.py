@@ -34,7 +34,7 @@ class SparseSignals:
         return self._picked(lambda column: column[keep])
 
     def of_target(self: Kept, target: int) -> Kept:
-        """The tokens of one target (index into TARGETS), in row order."""
+        """The tokens of one target (as in the column ``targets``), in row order."""
         return self.where(self.targets == target)
 
     def part(self: Kept, start: int, stop: int) -> Kept:

@@ -18,31 +18,30 @@ _Cut = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What one rank's part of some runs comes to, at most. ``targets``: how many rows of each, and the longest."""
+    """What one rank's part of some runs comes to, at most. ``targets``: how many rows of each, and the longest;
+    ``views``: the same of the rows as a teacher with a view of its own reads them."""
 
     runs: int = 0
     longest_input: int = 0
     targets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    views: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        return self.runs * self.longest_input + sum(count * longest for count, longest in self.targets.values())
+        """Of the largest pass: the student's, or a teacher's; they come one after the other."""
+        own = self.runs * self.longest_input + sum(count * longest for count, longest in self.targets.values())
+        return max(own, *(count * longest for count, longest in self.views.values()), 0)
 
 
 class TokenCuts:
-    """Micro-batches of up to ``limit`` tokens, padding included.
+    """Micro-batches of up to ``limit`` tokens in the pass of any model, padding included.
 
     ``shared``: the rows of a run have one input, which counts once, and each target's rows are padded by themselves.
     Raises ConfigError where a row alone has more tokens.
     """
 
     def __init__(self, rows: Sequence[Row], *, limit: int, ranks: int, shared: bool, steps: Iterable[Sequence[Run]]):
-        longest = max((row.num_tokens for row in rows), default=0)
-        if longest > limit:
-            raise ConfigError(
-                f"train.tokens_per_batch: a row has {longest:,} tokens, which is more than {limit:,}. Choose at least "
-                f"{longest:,}, or cut rows with `train.max_input_tokens` and `train.max_target_tokens`."
-            )
+        _refuse_long_rows(rows, limit)
         self._rows, self._limit, self._ranks, self._shared = rows, limit, ranks, shared
         self.count = 0
         self.count = max(len(self._fewest(self._dealable(step))) for step in steps)
@@ -95,18 +94,39 @@ class TokenCuts:
 
     def _plus(self, load: _Load, runs: Sequence[Run]) -> _Load:
         """With one more run for each rank."""
-        targets = dict(load.targets)
-        more: dict[str, int] = {}
-        for run in runs:
-            own: dict[str, int] = {}
-            for index in run:
-                row = self._rows[index]
-                target = row.target if self._shared else ""
-                own[target] = own.get(target, 0) + 1
-                count, longest = targets.get(target, (0, 0))
-                targets[target] = count, max(longest, row.num_target_tokens)
-            more |= {target: max(count, more.get(target, 0)) for target, count in own.items()}
-        for target, count in more.items():
-            targets[target] = targets[target][0] + count, targets[target][1]
-        longest = max(load.longest_input, *(self._rows[run[0]].num_input_tokens for run in runs))
-        return _Load(load.runs + 1, longest, targets)
+        rows = [[self._rows[index] for index in run] for run in runs]
+        targets = [[(row.target if self._shared else "", row.num_target_tokens) for row in run] for run in rows]
+        views = [[(name, view.num_tokens) for row in run for name, view in row.views.items()] for run in rows]
+        longest = max(load.longest_input, *(run[0].num_input_tokens for run in rows))
+        return _Load(load.runs + 1, longest, _with(load.targets, targets), _with(load.views, views))
+
+
+def _with(there: dict[str, tuple[int, int]], runs: Sequence[Sequence[tuple[str, int]]]) -> dict[str, tuple[int, int]]:
+    """Counts and lengths by name after one more run for each rank: the longest of all, the count of the largest."""
+    found, more = dict(there), dict[str, int]()
+    for run in runs:
+        own: dict[str, int] = {}
+        for name, length in run:
+            own[name] = own.get(name, 0) + 1
+            count, longest = found.get(name, (0, 0))
+            found[name] = count, max(longest, length)
+        more |= {name: max(count, more.get(name, 0)) for name, count in own.items()}
+    for name, count in more.items():
+        found[name] = found[name][0] + count, found[name][1]
+    return found
+
+
+def _refuse_long_rows(rows: Sequence[Row], limit: int) -> None:
+    longest = max((row.num_tokens for row in rows), default=0)
+    if longest > limit:
+        raise ConfigError(
+            f"train.tokens_per_batch: a row has {longest:,} tokens, which is more than {limit:,}. Choose at least "
+            f"{longest:,}, or cut rows with `train.max_input_tokens` and `train.max_target_tokens`."
+        )
+    for name in sorted({name for row in rows for name in row.views}):
+        longest = max(row.tokens_for(name) for row in rows if name in row.views)
+        if longest > limit:
+            raise ConfigError(
+                f"train.tokens_per_batch: a row has {longest:,} tokens as teachers.{name} reads it (`view`, "
+                f"`own_tokenizer`), which is more than {limit:,}. Choose at least {longest:,}, or shorten the view."
+            )

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from distill_llm.core.errors import DataError
@@ -52,7 +52,8 @@ class Viewer(Protocol):
         self, examples: Sequence[Example], target: Target, texts: Sequence[str], labels: Sequence[Sequence[int]]
     ) -> Sequence[RowView | None]:
         """One for each example with the text that the student writes, of which it learns the tokens ``labels``; None
-        where it has nothing to say."""
+        where it has nothing to say. The rationale of each is the one that its row is about, None where there is none.
+        """
         ...
 
 
@@ -119,13 +120,18 @@ class RowSet:
         return dict(Counter(row.target for row in self.rows))
 
 
+def learned_label(example: Example, answer: TeacherAnswer | None, label_from: LabelSource) -> str | None:
+    """The label that the student learns: gold, or the teacher's vote; None where there is none."""
+    voted = answer.label if answer is not None else None
+    gold_first = label_from == "gold_else_teacher" and example.label is not None
+    return example.label if label_from == "gold" or gold_first else voted
+
+
 def target_texts(
     example: Example, answer: TeacherAnswer | None, target: Target, *, task: Task, label_from: LabelSource
 ) -> list[str]:
     """What the student should write for ``target``: one text a label, one a kept rationale, none where unknown."""
-    voted = answer.label if answer is not None else None
-    gold_first = label_from == "gold_else_teacher" and example.label is not None
-    label = example.label if label_from == "gold" or gold_first else voted
+    label = learned_label(example, answer, label_from)
     rationales = answer.rationales if answer is not None else ()
     if target == "rationale":
         return list(rationales)
@@ -160,15 +166,16 @@ def build_rows(
             texts += written
         if not texts:
             raise DataError(_nothing_to_learn(target, label_from, len(examples)))
-        shown = [examples[index] for index in owners]
-        pictures, cut = view.pictures(shown, target)
+        owning = [examples[index] for index in owners]
+        pictures, cut = view.pictures(owning, target)
         inputs_cut += cut
-        inputs, cut = view.inputs([] if pictures else [example.input for example in shown], target)
+        inputs, cut = view.inputs([] if pictures else [example.input for example in owning], target)
         inputs_cut += cut
         labels, cut = view.targets(texts)
         targets_cut += cut
         prefix = tuple(view.decoder_prefix(target))
         agreed = [answers[id].agreement if (id := examples[index].id) in answers else 1.0 for index in owners]
+        shown = _shown(examples, answers, owners, target) if viewers else []
         views = _views(viewers or {}, shown, target, texts, labels)
         read = [((), picture) for picture in pictures] or [(ids, None) for ids in inputs]
         parts = zip(owners, read, labels, agreed, views, strict=True)
@@ -178,6 +185,20 @@ def build_rows(
         ]
     found.sort(key=lambda row: row.example)
     return RowSet(tuple(found), inputs_cut, targets_cut)
+
+
+def _shown(
+    examples: Sequence[Example], answers: Mapping[str, TeacherAnswer], owners: Sequence[int], target: Target
+) -> list[Example]:
+    """The example of each row, with the rationale that the row is about: a label's is the first that was kept."""
+    found: list[Example] = []
+    seen: Counter[int] = Counter()
+    for owner in owners:
+        example = examples[owner]
+        kept = answers[example.id].rationales if example.id in answers else ()
+        found.append(replace(example, rationale=kept[0 if target == "label" else seen[owner]] if kept else None))
+        seen[owner] += 1
+    return found
 
 
 def _views(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distill_llm.evaluation.joint import JointGenerator
 from distill_llm.models.generate import Generator
 from distill_llm.rationales.parse import parse
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from distill_llm.core.example import Example, Target
     from distill_llm.core.progress import Progress
     from distill_llm.data.view import StudentView
+    from distill_llm.evaluation.joint import Mix
     from distill_llm.tasks.base import Task
 
 
@@ -52,10 +54,15 @@ def predict(
     max_new_tokens: int,
     progress: Progress,
     name: str,
+    mix: Mix | None = None,
 ) -> Predictions:
-    """Greedy answers, in batches of about one length."""
-    prefix = view.decoder_prefix(target)
-    generator = Generator(model, view.tokenizer, max_new_tokens=max_new_tokens, decoder_prefix=prefix)
+    """Greedy answers, in batches of about one length. With ``mix``, ``model`` is several, which answer as one."""
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "decoder_prefix": view.decoder_prefix(target)}
+    generator: Any = (
+        Generator(model, view.tokenizer, **options)
+        if mix is None
+        else JointGenerator(model, view.tokenizer, mix, **options)
+    )
     pictures, _ = view.pictures(examples, target)
     inputs, _ = view.inputs([] if pictures else [example.input for example in examples], target)
     order = sorted(range(len(examples)), key=lambda i: -len(inputs[i]) if inputs else 0)

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill_llm.core.errors import ConfigError, DataError, StorageError
 from distill_llm.core.files import read_json, write_json, write_text
+from distill_llm.evaluation.avalanche import Avalanche, to_avalanche_markdown
+from distill_llm.evaluation.classes import ClassRecall, class_markdown, recall_of_classes
 from distill_llm.evaluation.statistics import RESAMPLED_FROM, accuracy_interval, mcnemar_exact, paired_difference
 from distill_llm.evaluation.text_tables import (
     markdown_table,
@@ -35,14 +37,14 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-Role = Literal["teacher", "student", "control"]
+Role = Literal["teacher", "assistant", "student", "control"]
 
 FILE_NAME = "scorecard.json"
 ONE_RUN_NOTE = (
     "The intervals are over test examples of one training run. They do not cover the spread between seeds: train with "
     "several seeds before you rely on a small difference."
 )
-_ROLES: tuple[Role, ...] = ("teacher", "student", "control")
+_ROLES: tuple[Role, ...] = ("teacher", "assistant", "student", "control")
 
 
 class _Record(BaseModel):
@@ -103,8 +105,10 @@ class Scorecard(_Record):
     confidence: float = Field(gt=0, lt=1)
     entries: tuple[Entry, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...]
+    classes: tuple[ClassRecall, ...] = ()
     teacher_retention: float | None = Field(description="student accuracy / accuracy of the strongest teacher")
     size_ratio: float | None = Field(description="parameters of that teacher / parameters of the student")
+    avalanche: Avalanche | None = Field(default=None, description="of a run with several stages")
     verdict: str
     notes: tuple[str, ...]
     versions: dict[str, str]
@@ -124,13 +128,18 @@ def build_scorecard(
     seed: int,
     split: str = "test",
     notes: Sequence[str] = (),
+    avalanche: Avalanche | None = None,
     resamples: int = 10_000,
     confidence: float = 0.95,
+    labels: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> Scorecard:
     """Scores every model of ``results``: its name, its facts, and for each example whether it was answered correctly.
 
-    The booleans of all models stand for the same examples in the same order. Entries come out as teachers, students,
-    controls. Raises ConfigError for a main student that is not there, DataError for answers that cannot be aligned.
+    The booleans of all models stand for the same examples in the same order. ``labels``: their gold labels, where a
+    table of classes is wanted; ``left_out``: those that students were kept from. Entries come out as teachers,
+    assistants, students, controls. Raises ConfigError for a main student that is not there, DataError for answers that
+    do not align.
     """
     _check(results, student)
     entries = []
@@ -150,8 +159,10 @@ def build_scorecard(
         confidence=confidence,
         entries=tuple(entries),
         comparisons=tuple(comparisons),
+        classes=recall_of_classes({name: right for name, (_, right) in results.items()}, labels, left_out),
         teacher_retention=_retention(main, teacher),
         size_ratio=_size_ratio(main, teacher),
+        avalanche=avalanche,
         verdict=verdict(student, entries, comparisons, split=split),
         notes=(*notes, _interval_note(resamples, confidence), ONE_RUN_NOTE),
         versions=dict(versions),
@@ -216,6 +227,10 @@ def to_markdown(scorecard: Scorecard) -> str:
     if scorecard.comparisons:
         rows = map(_comparison_row, scorecard.comparisons)
         parts += ["## Comparisons", markdown_table(_comparison_header(scorecard), rows, numbers_from=1)]
+    if scorecard.classes:
+        parts += ["## Classes", class_markdown(scorecard.classes)]
+    if scorecard.avalanche is not None:
+        parts += ["## Error avalanche", to_avalanche_markdown(scorecard.avalanche)]
     versions = ", ".join(f"{name} {version}" for name, version in scorecard.versions.items())
     made = f"Made on {scorecard.created.isoformat()} with {versions}, on {scorecard.hardware}."
     parts += ["## Notes", "\n".join(f"- {note}" for note in (*scorecard.notes, made))]

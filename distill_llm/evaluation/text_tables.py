@@ -38,6 +38,16 @@ def percent_interval(share: float, low: float, high: float) -> str:
     return f"{percent(share)} [{percent(low)}, {percent(high)}]"
 
 
+def percent_spread(share: float, deviation: float | None) -> str:
+    """A mean with the standard deviation around it; without one, where there was but one value."""
+    return percent(share) if deviation is None else f"{percent(share)} ± {percent(deviation)}"
+
+
+def points_spread(difference: float, deviation: float | None) -> str:
+    """A mean difference in percentage points, with its sign, and its standard deviation where there is one."""
+    return f"{100 * difference:+.1f}" if deviation is None else f"{100 * difference:+.1f} ± {percent(deviation)}"
+
+
 def points_interval(difference: float, low: float, high: float) -> str:
     """A difference in percentage points, always with its sign."""
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -47,12 +47,36 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
+class MemberFacts:
+    """One of several teachers; counts are of all splits. ``right``: share of ``known`` completions; ``say``: in votes.
+
+    ``dropped`` says why it was asked no more, if it was not.
+    """
+
+    name: str
+    model: str
+    revision: str
+    licence: str
+    samples: int
+    prompt: str
+    asked: int
+    completed: int
+    kept: int
+    known: int
+    right: int
+    say: float
+    dropped: str = ""
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
 class RationaleCardFacts:
     """All that the card says. A text is empty, a count or cost None, where nobody knows.
 
     ``licence`` is that of this data set, ``teacher_licence`` that of what the teacher writes. ``from_data``: the
-    rationales are those of the data itself, no model wrote them. ``splits`` and ``columns`` are shown in their order,
-    ``keep_rules`` as they were applied. ``task_categories`` are those of the Hub, such as question-answering.
+    rationales are those of the data itself, no model wrote them. ``members``: the teachers, where there are several.
+    ``splits`` and ``columns`` are shown in their order, ``keep_rules`` as they were applied. ``task_categories`` are
+    those of the Hub, such as question-answering.
     """
 
     repo_id: str
@@ -83,6 +107,7 @@ class RationaleCardFacts:
     tokens_out: int = 0
     cost: float | None = None
     currency: str = ""
+    members: Sequence[MemberFacts] = ()
 
 
 def rationale_card(facts: RationaleCardFacts) -> str:
@@ -97,6 +122,7 @@ def rationale_card(facts: RationaleCardFacts) -> str:
         f"## How it was made\n\n{_making(facts)}\n\n```bash\n{facts.command}\n```",
         f"## What came of it\n\n{_funnel(facts.splits)}",
         "" if facts.from_data else _accuracy(facts.splits),
+        _members(facts),
         _ledger(facts),
         f"## Limits\n\n{_limits(facts)}",
         f"## Citation\n\nThe method is that of Hsieh et al. (2023), [arXiv:2305.02301](https://arxiv.org/abs/2305.02301):"
@@ -139,7 +165,7 @@ def _introduction(facts: RationaleCardFacts) -> str:
         what = f"The rationales that come with the data of the task **{facts.task}**{source}, beside the labels."
     else:
         what = (
-            f"Step-by-step rationales that the language model {_code(facts.teacher)} wrote for the task "
+            f"Step-by-step rationales that the {_writers(facts)} wrote for the task "
             f"**{facts.task}**{source}, each with the label that it reaches."
         )
     return (
@@ -149,9 +175,39 @@ def _introduction(facts: RationaleCardFacts) -> str:
     )
 
 
+def _writers(facts: RationaleCardFacts) -> str:
+    if not facts.members:
+        return f"language model {_code(facts.teacher)}"
+    return f"teachers {_join([_code(one.name) for one in facts.members])}"
+
+
+def _members(facts: RationaleCardFacts) -> str:
+    if not facts.members:
+        return ""
+    head = ("teacher", "model", "licence", "prompt", "samples", "asked", "completed", "kept", "right", "say in votes")
+    rows = [
+        [
+            _code(one.name),
+            _code(one.model) + (f", {one.revision[:12]}" if one.revision else ""),
+            one.licence or "unknown",
+            one.prompt,
+            *(f"{count:,}" for count in (one.samples, one.asked, one.completed, one.kept)),
+            f"{one.right / one.known:.1%} of {one.known:,}" if one.known else "-",
+            f"{one.say:.3g}",
+        ]
+        for one in facts.members
+    ]
+    lines = [f"- {_code(one.name)} was dropped: {one.dropped}" for one in facts.members if one.dropped]
+    costs = [f"{one.name} {one.cost:,.2f}" for one in facts.members if one.cost]
+    lines += [f"- Cost in {facts.currency}: {', '.join(costs)}."] if costs else []
+    about = "The column `teacher` says who wrote a completion; a teacher's say is shared out among its completions."
+    return "\n\n".join(["### Teachers", _table(head, rows), about, *(["\n".join(lines)] if lines else [])])
+
+
 def _warnings(facts: RationaleCardFacts) -> str:
-    teacher = None if facts.from_data else teacher_restriction(facts.teacher, facts.teacher_licence)
-    found = [warning for warning in (teacher, data_restriction(facts.task_licence)) if warning]
+    wrote = [(one.model, one.licence) for one in facts.members] or [(facts.teacher, facts.teacher_licence)]
+    teachers = [] if facts.from_data else [teacher_restriction(*one) for one in wrote]
+    found = list(dict.fromkeys(w for w in (*teachers, data_restriction(facts.task_licence)) if w))
     if not found:
         return ""
     lines = [*found, "Read the terms before you train on these rationales or publish a model trained on them."]

@@ -26,10 +26,11 @@ Pair: TypeAlias = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
 class FeatureLoss(TermLoss):
     """A loss between layers of student and teacher, at the same tokens: M tokens in, M values out."""
 
-    layers: Literal["last", "uniform"] | tuple[Pair, ...] = Field(
+    layers: Literal["last", "uniform", "lower_half"] | tuple[Pair, ...] = Field(
         default="last",
-        description="last: the two last ones; uniform: every layer of the student, its depth in proportion; or pairs "
-        "[student, teacher], counted from 1, with 0 for the embeddings",
+        description="last: the two last ones; uniform: every layer of the student, its depth in proportion; "
+        "lower_half: likewise, up to the student's middle; or pairs [student, teacher], counted from 1, with 0 for the "
+        "embeddings",
     )
 
     @field_validator("layers", mode="before")
@@ -41,7 +42,7 @@ class FeatureLoss(TermLoss):
         if isinstance(layers, str) or (isinstance(layers, Sequence) and layers and all(map(is_pair, layers))):
             return layers
         raise ValueError(
-            f"{layers!r} names no pairs of layers. Write [[student, teacher], ...], or `last`, or `uniform`"
+            f"{layers!r} names no pairs of layers. Write [[student, teacher], ...], or one of last, uniform, lower_half"
         )
 
     @property
@@ -65,8 +66,9 @@ class FeatureLoss(TermLoss):
         """Pairs of layers, of models with so many."""
         if self.layers == "last":
             return [(student, teacher)]
-        if self.layers == "uniform":
-            return [(layer, max(1, round(layer * teacher / student))) for layer in range(1, student + 1)]
+        if self.layers in ("uniform", "lower_half"):
+            highest = student if self.layers == "uniform" else max(1, student // 2)
+            return [(layer, max(1, round(layer * teacher / student))) for layer in range(1, highest + 1)]
         return [(int(one), int(other)) for one, other in self.layers]
 
     def widths(self, student: Shape, teacher: Shape) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ def generate_continuously(
     model: Any, prompts: Iterable[tuple[Item, Sequence[int]]], *, ends: Sequence[int], pad: int, max_new_tokens: int
 ) -> Iterator[tuple[Item, int, list[int] | str]]:
     """Greedy: for each item, the length of its prompt and the new token ids, or why there are none; in any order."""
+    attention = model.config._attn_implementation
     manager = _manager(model, ends, pad, max_new_tokens)
     source = iter(prompts)
     waiting: dict[str, tuple[Item, int]] = {}
@@ -42,6 +43,8 @@ def generate_continuously(
         # All that was asked for is here, or nobody wants the rest.
         manager.stop(block=True, hard_stop=True)
         manager.destroy()
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 def _alive(manager: Any, key: str | None) -> str:
@@ -60,12 +63,13 @@ def _manager(model: Any, ends: Sequence[int], pad: int, max_new_tokens: int) -> 
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(ends) or -1, pad_token_id=pad
     )
-    # Flash attention computes in half precision only.
-    flash = model.dtype in (torch.float16, torch.bfloat16)
     room: dict[str, Any] = {}
     if model.device.type != "cuda":
         room = {"num_blocks": _CPU_BLOCKS, "max_batch_tokens": _CPU_BATCH_TOKENS}
-    return model.init_continuous_batching(
-        generation_config=generation,
-        continuous_batching_config=ContinuousBatchingConfig(auto_switch_to_flash=flash, **room),
-    )
+    batching = ContinuousBatchingConfig(**room)
+    if model.dtype not in (torch.float16, torch.bfloat16):  # flash attention computes in half precision only
+        if hasattr(batching, "auto_switch_to_flash"):
+            batching.auto_switch_to_flash = False
+        else:  # older versions leave an attention alone that is paged already
+            model.set_attn_implementation(f"paged|{model.config._attn_implementation}")
+    return model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)

@@ -50,7 +50,8 @@ def default_device() -> str:
 class Written:
     """One continuation, without special tokens and without the text that stopped it.
 
-    ``tokens_out`` and ``scores`` are of the tokens of ``text``. ``cut``: it ran into the limit of new tokens.
+    ``tokens_out``, ``ids`` and ``scores`` are of the tokens of ``text``. ``cut``: it ran into the limit of new tokens.
+    ``end`` is the token behind them that ended it; None where none did.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Written:
     cut: bool = False
     ids: tuple[int, ...] = ()
     scores: StepScores | None = None
+    end: int | None = None
 
 
 class Generator:
@@ -190,12 +192,14 @@ class Generator:
     def _read(self, ids: Sequence[int], tokens_in: int, scores: StepScores | None = None) -> Written:
         count = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
         cut = count == self._max_new_tokens
+        end = ids[count] if count < len(ids) else None
         text = self._tokenizer.decode(ids[:count], skip_special_tokens=True)
         place = first_stop(text, self._stop)
         if place >= 0:
-            text, cut = text[:place].rstrip(), False
+            text, cut, end = text[:place].rstrip(), False, None
             count = tokens_of(len(text), ids[:count], self._tokenizer)
-        return Written(text.strip(), tokens_in, count, cut, tuple(ids[:count]), scores.first(count) if scores else None)
+        kept = scores.first(count) if scores else None
+        return Written(text.strip(), tokens_in, count, cut, tuple(ids[:count]), kept, end)
 
     def _inputs(self, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, Any], AbstractContextManager[None]]:
         """What ``generate`` reads, and within what: right padding for an encoder, left padding for a decoder."""

@@ -60,8 +60,23 @@ class OutputHead:
         self._module = self._model.get_output_embeddings()
         if self._module is None:
             raise ConfigError(f"{self._where} names no output head. {_INSTEAD}")
-        self._chunk_tokens, self._width = chunk_tokens, width
+        self._chunk_tokens: int | Literal["auto"] = chunk_tokens
+        self._width, self._whose = width, whose
         self._checked = False
+        self._others: dict[int, OutputHead] = {}
+
+    def beside(self, model: Any) -> OutputHead:
+        """That of another model that learns in the same training; made once."""
+        if model.get_output_embeddings() is self._module:
+            return self
+        if id(model) not in self._others:
+            head = OutputHead(model, chunk_tokens=self._chunk_tokens, width=self._width, whose=self._whose)
+            self._others[id(model)] = head
+        return self._others[id(model)]
+
+    def logits(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
+        """Of hidden states, as the model would make them outside of autocast."""
+        return self._finished(self._module.forward(hidden))[..., : self._width]
 
     def read(self, model: Any, batch: Batch, reading: Reading = LOGITS) -> LazySignals:
         """One forward pass, of which ``reading`` is wanted too.

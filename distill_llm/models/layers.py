@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.features import Look, Reading, Shape, Side
+from distill_llm.models.attention import set_attention
 from distill_llm.models.forward import forward
+from distill_llm.models.peers import Peers
 from distill_llm.models.vision import blank_picture, is_vision
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def show_attention(model: Any, looks: Sequence[Look], *, where: str) -> None:
         )
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
-        inner.set_attn_implementation("eager")
+        set_attention(inner, "eager")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{where}: it has no eager attention, which shows what tokens look at: {error}") from None
     for module in model.modules():
@@ -93,6 +95,16 @@ def _heads(model: Any) -> Any:
     return getattr(inner, _NAME, nn.ModuleDict())
 
 
+def _holders(model: Any) -> dict[str, Any]:
+    """Who may have heads, and what the names of their weights begin with: the student, or each of several peers."""
+    from accelerate.utils import extract_model_from_parallel
+
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    if not isinstance(inner, Peers):
+        return {"": inner}
+    return {f"peers.{number}.": peer for number, peer in enumerate(inner.peers)}
+
+
 def anchor_of(model: Any) -> Tensor | float:
     """A zero through which the heads get a gradient where no term has a token for them: DDP waits for all weights."""
     return sum((weight.sum() * 0.0 for weight in head_weights(model).values()), 0.0)
@@ -105,7 +117,11 @@ def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def head_weights(model: Any) -> dict[str, Tensor]:
     """The weights of the heads alone, by the names that ``without_heads`` leaves out."""
-    return {f"{_NAME}.{name}": weight for name, weight in _heads(model).named_parameters()}
+    return {
+        f"{begin}{_NAME}.{name}": weight
+        for begin, holder in _holders(model).items()
+        for name, weight in _heads(holder).named_parameters()
+    }
 
 
 def save_heads(model: Any, folder: Path) -> None:
@@ -127,6 +143,6 @@ def load_heads(model: Any, folder: Path) -> None:
                 weight.copy_(saved[name])
     except (FileNotFoundError, KeyError, RuntimeError) as error:
         raise StorageError(
-            f"{folder / _FILE}: this checkpoint lacks the hint heads of {sorted(heads_of(model))} ({error}). It is "
+            f"{folder / _FILE}: this checkpoint lacks the hint heads {sorted(weights)} ({error}). It is "
             "from a training with another objective: delete the folder of checkpoints and start again."
         ) from None

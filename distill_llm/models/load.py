@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
-from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
+from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
+from distill_llm.models.fresh import auto_class, config_class, fresh_model
+from distill_llm.models.hub import from_hub
 from distill_llm.models.vision import (
     MODEL_TYPE,
     check_sections,
     fresh_painter,
-    fresh_sections,
     head_words,
     is_vision,
     read_painter,
-    rest_unused,
+    settled,
     with_start_token,
 )
 
@@ -30,9 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from distill_llm.models.picture import Painter
-    from distill_llm.models.spec import HubConfig, StudentSpec
-
-Bits: TypeAlias = Literal["full", "8bit", "4bit"]
+    from distill_llm.models.spec import Bits, StudentSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +46,21 @@ class LoadedModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.model.parameters())
+        """Quantized weights are counted as the weights that they stand for."""
+        return sum(size_of(weight).numel() for weight in self.model.parameters())
 
 
 def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
     """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
     if spec.config:
-        model = _fresh_model(spec, tokenizer, f"{where}.config")
+        model = fresh_model(spec, tokenizer, f"{where}.config")
         _set_attention(model, spec, where)
         painter = fresh_painter(spec.picture, model.config, where=where) if spec.picture else None
         return LoadedModel(model, tokenizer, painter)
-    model = load_model(spec.model, spec.revision, where=f"{where}.model")
+    if spec.load_in == "full":
+        model = load_model(spec.model, spec.revision, where=f"{where}.model")
+    else:
+        model = _quantized_student(spec, where)
     if len(tokenizer) > head_words(model.config):
         raise ConfigError(
             f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has "
@@ -78,11 +78,29 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
     )
 
 
+def _quantized_student(spec: StudentSpec, where: str) -> Any:
+    """What is not quantized stays in float32; 4-bit weights are computed with in bfloat16 where a GPU has it."""
+    import torch
+
+    device = choose_device("auto", where=where)
+    computes_in = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    kinds: dict[str, Any] = {"dtype": "float32", "load_in": spec.load_in, "computes_in": computes_in}
+    model = load_on(device, spec.model, spec.revision, where=f"{where}.load_in", **kinds)
+    keep_layout(model, trains=True)
+    for weight in model.parameters():
+        weight.requires_grad_(False)  # adapters learn, and nothing else
+    return model
+
+
 def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
     if spec.attention == "auto":
         return
+    from distill_llm.models.attention import prepare_flex, set_attention
+
+    if spec.attention == "flex_attention":
+        prepare_flex(model, where=where)
     try:
-        model.set_attn_implementation(spec.attention)
+        set_attention(model, spec.attention)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
@@ -91,8 +109,11 @@ def _set_attention(model: Any, spec: StudentSpec, where: str) -> None:
         ) from None
 
 
-def check_student(spec: StudentSpec, *, where: str = "student") -> None:
-    """Raises ConfigError where the student's model or tokenizer cannot be had. Loads no weights."""
+def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
+    """Raises ConfigError where the student's model or tokenizer cannot be had; gives whether it is an encoder-decoder.
+
+    Loads no weights.
+    """
     if spec.picture is not None:
         from distill_llm.models.picture import check_pillow
 
@@ -115,8 +136,44 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> None:
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
             "side. Remove `prefix_side`."
         )
+    check_bits(spec.model, spec.load_in, where=where)
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)
+    return is_encoder_decoder
+
+
+def config_of(spec: StudentSpec, *, where: str = "student") -> Any:
+    """A student's config, before its vocabulary is known; loads no weights."""
+    if not spec.config:
+        return read_config(spec.model, spec.revision, where=f"{where}.model")
+    sizes = {key: value for key, value in spec.config.items() if key != "model_type"}
+    return config_class(spec.config, f"{where}.config")(**sizes)
+
+
+def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> int:
+    """Parameters of a student, adapters aside, without its weights."""
+    if not spec.config:
+        return count_parameters(spec.model, spec.revision, where=f"{where}.model")
+    import torch
+
+    with torch.device("meta"):
+        return LoadedModel(fresh_model(spec, tokenizer, f"{where}.config"), tokenizer).num_parameters
+
+
+def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> Any:
+    """A student with its adapters, whose weights have shapes and no numbers."""
+    import torch
+
+    with torch.device("meta"):
+        if spec.config:
+            return fresh_model(spec, tokenizer, f"{where}.config")
+        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        model = auto_class(config).from_config(config)
+        if spec.lora is not None:
+            from distill_llm.models.lora import add_lora
+
+            model = add_lora(model, spec.lora, spec.revision)
+        return model
 
 
 def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: str = "student") -> Any:
@@ -157,29 +214,38 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
-    model_class = _auto_class(config)
+    model_class = auto_class(config)
     model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
-    return _settled(model, where)
+    return settled(model, where)
 
 
-def load_on(device: str, source: str, revision: str, *, where: str, dtype: str, load_in: Bits = "full") -> Any:
-    """A model for inference, on a device that ``choose_device`` gave; ``load_in``: fewer bits a weight."""
+def load_on(
+    device: str,
+    source: str,
+    revision: str,
+    *,
+    where: str,
+    dtype: str,
+    load_in: Bits = "full",
+    computes_in: str = "",
+) -> Any:
+    """A model for inference, on a device that ``choose_device`` gave; ``load_in``: fewer bits a weight.
+
+    ``dtype``: of what is not quantized; ``computes_in``: of the arithmetic with 4-bit weights, if it is another.
+    """
     if load_in == "full":
         return load_model(source, revision, where=where, dtype=dtype).to(device)
-    from transformers import BitsAndBytesConfig
-
     check_bits(source, load_in, where=where)
-    if dtype == "auto":  # of what is not quantized; each is the one that its kernels compute in
-        dtype = "float16" if load_in == "8bit" else "bfloat16"
-    if load_in == "8bit":
-        bits = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model_class = _auto_class(read_config(source, revision, where=where))
-    options = {"quantization_config": bits, "device_map": {"": device}, "dtype": dtype}
-    return _settled(
-        from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options), where
-    )
+    dtype = dtype_beside(load_in) if dtype == "auto" else dtype
+    model_class = auto_class(read_config(source, revision, where=where))
+    options = {
+        "quantization_config": bits_config(load_in, computes_in or dtype),
+        "device_map": {"": device},
+        "dtype": dtype,
+    }
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    keep_layout(model)
+    return settled(model, where)
 
 
 def check_bits(source: str, load_in: Bits, *, where: str) -> None:
@@ -250,7 +316,7 @@ def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
 
     config = read_config(source, revision, where=where)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -265,124 +331,27 @@ def weight_bytes(folder: str) -> int | None:
     return own + base if base else None
 
 
+def check_weights(source: str, *, where: str) -> None:
+    """Raises ConfigError where a folder's weights are missing or torn; looks at their heads alone, and not at a Hub."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return
+    from safetensors import SafetensorError, safe_open
+
+    files = [path for suffix in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
+    if not files:
+        raise ConfigError(
+            f"{where}: {folder} holds no weights (*.safetensors). Copy them there, or name another model."
+        )
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{where}: {path} is damaged ({error}). Copy it again.") from None
+
+
 def is_adapter(source: str) -> bool:
     """Whether a folder holds an adapter, which needs its base."""
     return (Path(source).expanduser() / "adapter_config.json").is_file()
-
-
-def _settled(model: Any, where: str) -> Any:
-    """A vision model with what training and generation need to know of it."""
-    if is_vision(model.config):
-        rest_unused(model)
-        if with_start_token(model.config, model.generation_config).decoder_start_token_id is None:
-            raise ConfigError(f"{where}: its config names no decoder_start_token_id. Add it to config.json.")
-    return model
-
-
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-    if is_vision(config):
-        return AutoModelForImageTextToText
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def from_hub(load: Any, source: str, revision: str, *, where: str, what: str, **options: Any) -> Any:
-    if _looks_like_path(source) and not Path(source).expanduser().is_dir():
-        raise ConfigError(
-            f"{where}: there is no folder '{source}'. Expected a Hub id such as google/t5-v1_1-base or an existing "
-            "folder with a Hugging Face model; if another recipe makes it, run that one first."
-        )
-    is_local = _looks_like_path(source)
-    trouble = None if is_local else _why_unreachable(source)
-    if trouble:
-        options["local_files_only"] = True
-    try:
-        return load(str(Path(source).expanduser()) if is_local else source, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if trouble:
-            reason = f"the Hub cannot be reached ({trouble}) and no copy is in the cache."
-        raise ConfigError(
-            f"{where}: cannot load the {what} of '{source}' (revision {revision}): {reason} Check the spelling of the "
-            "Hub id, the network, and `hf auth login` for a gated model, or give a local folder."
-        ) from None
-
-
-@functools.cache
-def _why_unreachable(model: str) -> str | None:
-    """Why the Hub says nothing of this model; an answer, even a bad one, is left to loading to explain."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return why_unreachable(lambda: HfApi().model_info(model, timeout=PROBE_SECONDS))
-    except HfHubHTTPError:
-        return None
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).is_dir()
-
-
-def _fresh_model(spec: StudentSpec, tokenizer: Any, where: str) -> Any:
-    """A model with random weights. The vocabulary's size and special tokens come from the tokenizer."""
-    config = spec.config
-    if spec.picture is not None:
-        config = fresh_sections(config, spec.picture, tokenizer, where)
-    hf_config = _fresh_config(config, tokenizer, where)
-    model = _settled(_auto_class(hf_config).from_config(hf_config), where)
-    if hf_config.model_type == "t5":
-        _spread_relative_bias(model)
-    return model
-
-
-def config_class(config: HubConfig, where: str) -> Any:
-    """The config class of ``config``'s model type, all of whose keys it knows."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = str(config["model_type"])
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
-        raise ConfigError(
-            f"{where}.model_type: '{model_type}' is not a model type of transformers."
-            + (f" Did you mean '{near[0]}'?" if near else "")
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    known = ["model_type", *inspect.signature(config_class).parameters, *config_class.attribute_map]
-    for key in config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{where}.{key}: {config_class.__name__} has no such setting."
-                + (f" Did you mean '{near[0]}'?" if near else "")
-            )
-    return config_class
-
-
-def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
-    made_by = config_class(config, where)
-    sizes = {key: value for key, value in config.items() if key != "model_type"}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if config["model_type"] != MODEL_TYPE:  # whose words are its decoder's
-        special |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
-    if getattr(made_by(), "is_encoder_decoder", False):
-        special["decoder_start_token_id"] = tokenizer.pad_token_id
-    try:
-        return made_by(**(special | sizes))
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: {made_by.__name__} refuses these settings: {error}") from None
-
-
-def _spread_relative_bias(model: Any) -> None:
-    """Draws T5's relative attention bias from N(0, 1).
-
-    From its own, smaller start it moves too slowly, and small T5s learn or fail by their seed (docs/log.md).
-    """
-    import torch
-
-    for name, weight in model.named_parameters():
-        if "relative_attention_bias" in name:
-            torch.nn.init.normal_(weight)

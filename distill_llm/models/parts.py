@@ -34,7 +34,7 @@ def running_in_parts(
     inner: Any = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     inner = inner.get_base_model() if hasattr(inner, "peft_config") else inner
     encoder, decoder = inner.get_encoder(), inner.get_decoder()
-    if _run_alike(encoder) or _run_alike(decoder):
+    if is_sharded(encoder) or is_sharded(decoder):
         # What the decoder reads are places among those of the encoder's parts, which move.
         moved = _moved(encoders)
         encoders, decoders = [_merged(encoders)], [_merged(decoders)]
@@ -47,8 +47,8 @@ def running_in_parts(
         del encoder.forward, decoder.forward
 
 
-def _run_alike(stack: Any) -> bool:
-    """Whether layers of a stack fetch their weights when they are called (FSDP, DeepSpeed's third stage)."""
+def is_sharded(stack: Any) -> bool:
+    """Whether layers of a model fetch their weights when they are called (FSDP, DeepSpeed's third stage)."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -16,7 +16,18 @@ class LoraSpec(Component):
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    modules: tuple[str, ...] | Literal["all_linear"] = "all_linear"
+    modules: tuple[str, ...] | Literal["all_linear", "by_architecture"] = Field(
+        default="all_linear",
+        description="names of layers; all_linear: every linear layer but the head; by_architecture: those that peft "
+        "names for the model's architecture, in most the attention's query and value",
+    )
+    dora: bool = Field(
+        default=False, description="learn magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353)"
+    )
+    rank_stabilized: bool = Field(
+        default=False,
+        description="scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023, arXiv:2312.03732)",
+    )
 
 
 class FreshTokenizer(Component):
@@ -66,6 +77,7 @@ class PictureSpec(Component):
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PrefixSide = Literal["encoder", "decoder"]
+Bits = Literal["full", "8bit", "4bit"]
 HubConfig: TypeAlias = dict[str, JsonValue]
 """A Hugging Face model config: open by nature, checked against the config class of its ``model_type``."""
 
@@ -80,6 +92,11 @@ class StudentSpec(Component):
         default="", description="Hub id, folder, or one to be trained; empty: the model's own"
     )
     lora: LoraSpec | None = Field(default=None, description="absent: all weights are trained")
+    load_in: Bits = Field(
+        default="full",
+        description="8bit (int8) and 4bit (nf4) quantize the base below its adapters, through bitsandbytes "
+        "(QLoRA, Dettmers et al. 2023, arXiv:2305.14314)",
+    )
     prefixes: Prefixes = Prefixes()
     prefix_side: PrefixSide = Field(
         default="encoder",
@@ -108,6 +125,11 @@ class StudentSpec(Component):
         if self.config and self.tokenizer == "":
             raise ValueError(
                 "a fresh model needs a `tokenizer`: a Hub id, a folder, or one to be trained ({kind: words})"
+            )
+        if self.load_in != "full" and self.lora is None:
+            raise ValueError(
+                f"`load_in: {self.load_in}` keeps the weights as they are, so that nothing would be trained. Add "
+                "`lora: {rank: 16}`, or remove `load_in`"
             )
         if self.prefix_side == "decoder" and self.chat:
             raise ValueError("`prefix_side: decoder` is for encoder-decoder students, `chat` for decoder-only ones")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.models.hub import from_hub
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -71,7 +72,7 @@ def check_sections(config: HubConfig, picture: PictureSpec, where: str) -> None:
 
 
 def _section(config: HubConfig, name: str, where: str) -> dict[str, Any]:
-    from distill_llm.models.load import config_class
+    from distill_llm.models.fresh import config_class
 
     section = config.get(name)
     known = ENCODERS if name == "encoder" else DECODERS
@@ -111,6 +112,15 @@ def rest_unused(model: Any) -> None:
         pooler.requires_grad_(False)
 
 
+def settled(model: Any, where: str) -> Any:
+    """A model; one that sees, with what training and generation need to know of it."""
+    if is_vision(model.config):
+        rest_unused(model)
+        if with_start_token(model.config, model.generation_config).decoder_start_token_id is None:
+            raise ConfigError(f"{where}: its config names no decoder_start_token_id. Add it to config.json.")
+    return model
+
+
 def picture_shape(config: Any) -> tuple[int, int, int]:
     """Channels, rows and columns of the pixels that a vision model is made for."""
     height, width = _pair(config.encoder.image_size)
@@ -139,8 +149,6 @@ def fresh_painter(spec: PictureSpec, config: Any, *, where: str) -> Painter:
 def read_painter(spec: PictureSpec, source: str, revision: str, config: Any, *, where: str) -> Painter:
     """With the image processor of a model from the Hub or a folder; no weights are loaded."""
     from transformers import AutoImageProcessor
-
-    from distill_llm.models.load import from_hub
 
     # Pillow's own arithmetic, so that machines with and without torchvision see the same.
     options = {"where": where, "what": "image processor", "backend": "pil"}

@@ -1,9 +1,9 @@
-"""Arms: every model that a recipe trains, the student, its ablations and its controls, each with its own plan."""
+"""Arms: every model that a recipe trains, stages of its scheme, ablations and controls, each with its own plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
@@ -11,22 +11,35 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Target
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
+from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term, targets_of
 from distill_llm.recipe.recipe import Recipe
-
-STUDENT = "student"
+from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.stages import STUDENT, Stage, describe
+from distill_llm.schemes.step_by_step import StepByStep
+from distill_llm.teachers.base import TensorTeacherSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """``evaluate_target`` is what it is asked for on validation and test."""
+    """``evaluate_target`` is what it is asked for on validation and test; ``after``: arms that must be trained before.
+
+    The role of a stage before the student's is assistant.
+    """
 
     name: str
-    role: Literal["student", "control"]
+    role: Literal["assistant", "student", "control"]
     description: str
+    student: StudentSpec
+    teachers: Mapping[str, TensorTeacherSpec]
     terms: tuple[Term, ...]
+    scheme: Scheme
     max_steps: int
+    seed: int
     evaluate_target: Target
+    after: tuple[str, ...] = ()
+    scored: bool = True
+    validated: bool = True
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -35,50 +48,122 @@ class Arm:
     def rows_of(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if row.target in self.targets]
 
+    def recipe(self, whole: Recipe) -> Recipe:
+        """The recipe of this training alone."""
+        return whole.model_copy(
+            update={
+                "student": self.student,
+                "teachers": dict(self.teachers),
+                "objective": self.terms,
+                "scheme": self.scheme,
+                "train": whole.train.model_copy(update={"seed": self.seed}),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters of the student of each stage, and of the teachers that are run beside a student.
+
+    Those of stages that teach under their own names are among ``stages``. ``beside``: of what else is trained with the
+    student of a stage, such as its peers.
+    """
+
+    stages: Mapping[str, int]
+    teachers: Mapping[str, int]
+    beside: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def student(self) -> int:
+        return self.stages[STUDENT]
+
+    def of_teacher(self, name: str) -> int:
+        """Of a teacher, or of an earlier stage that teaches under its own name."""
+        return self.teachers[name] if name in self.teachers else self.stages[name]
+
 
 def needed_targets(recipe: Recipe) -> tuple[Target, ...]:
     """Targets that some arm trains on."""
     controls = (_label_term(),) if recipe.evaluate.controls else ()
-    return targets_of([*recipe.objective, *controls])
+    return targets_of([*recipe.objective, *(term for stage in recipe.stages for term in stage.terms), *controls])
 
 
-def plan_arms(
-    recipe: Recipe, rows: Sequence[Row], *, student_parameters: int, teacher_parameters: Mapping[str, int]
-) -> list[Arm]:
-    """The student first, then ablations (objectives with fewer terms), then controls (labels only).
+def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
+    """The student first, then the stages before it, ablations (objectives with fewer terms), controls (labels only).
 
-    The control with the same compute gets as many steps as the student's cost pays for, where a row costs
-    6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher parameters * the tokens
-    that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1). One that is cached runs once a row, not
-    once a pass.
+    The control with the same compute gets as many steps as the student's cost pays for, with all stages that it
+    needs, where a row costs 6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher
+    parameters * the tokens that this teacher reads (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1), and 2 * student
+    parameters * its tokens for each time that the scheme has the student read it besides. One that is cached runs once
+    a row, not once a pass.
     """
     own_rows = [row for row in rows if row.target in targets_of(recipe.objective)]
     steps = recipe.train.max_steps or ceil(recipe.train.epochs * len(own_rows) / recipe.train.rows_per_step)
-    arms = [Arm(STUDENT, "student", _describe(recipe.objective), recipe.objective, steps, recipe.evaluate.target)]
+    stages = recipe.stages
+    arms = [_stage_arm(recipe, stage, steps) for stage in reversed(stages)]
     for name, kept in recipe.evaluate.ablations.items():
         terms = tuple(term for term in recipe.objective if term.name in kept)
-        arms.append(Arm(name, "student", _describe(terms), terms, steps, _asked(recipe, terms)))
-    passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
+        arms.append(_arm_of_student(recipe, name, "student", describe(terms), terms, recipe.scheme.alone(), steps))
     label = (_label_term(),)
     for name in recipe.evaluate.controls:
         factor = 1.0
         if name == "labels_same_compute":
-            sizes = (student_parameters, teacher_parameters, passes)
-            factor = _row_cost(recipe, recipe.objective, rows, *sizes) / _row_cost(recipe, label, rows, *sizes)
+            passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
+            control = _arm_of_student(recipe, name, "control", "", label, StepByStep(), steps)
+            spent = sum(arm.max_steps / steps * _row_cost(arm, rows, sizes, passes) for arm in arms[: len(stages)])
+            factor = spent / _row_cost(control, rows, sizes, passes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
-        arms.append(Arm(name, "control", f"labels only, same {same}", label, max(1, round(steps * factor)), "label"))
+        number = max(1, round(steps * factor))
+        arms.append(_arm_of_student(recipe, name, "control", f"labels only, same {same}", label, StepByStep(), number))
     return arms
 
 
 def choose(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
-    """The named arms; ``all`` names every one."""
+    """The named arms, and those that they need; ``all`` names every one."""
     if "all" in names:
         return list(arms)
     known = {arm.name: arm for arm in arms}
     for name in names:
         if name not in known:
             raise ConfigError(f"--arm {name}: this recipe has no such arm; expected all or one of {sorted(known)}.")
-    return [known[name] for name in names]
+    chosen = dict.fromkeys(names)
+    while more := [needed for name in chosen for needed in known[name].after if needed not in chosen]:
+        chosen |= dict.fromkeys(more)
+    return [known[name] for name in chosen]
+
+
+def _stage_arm(recipe: Recipe, stage: Stage, steps: int) -> Arm:
+    return Arm(
+        name=stage.name,
+        role="student" if stage.name == STUDENT else "assistant",
+        description=stage.description,
+        student=stage.student,
+        teachers=stage.teachers,
+        terms=stage.terms,
+        scheme=stage.scheme,
+        max_steps=max(1, round(steps * stage.share_of_steps)),
+        seed=recipe.training_seed + stage.seed_shift,
+        evaluate_target=_asked(recipe, stage.terms),
+        after=stage.after,
+        scored=stage.scored,
+        validated=stage.validated,
+    )
+
+
+def _arm_of_student(
+    recipe: Recipe,
+    name: str,
+    role: Literal["student", "control"],
+    description: str,
+    terms: tuple[Term, ...],
+    scheme: Scheme,
+    steps: int,
+) -> Arm:
+    """One training of the recipe's student."""
+    asked = "label" if role == "control" else _asked(recipe, terms)
+    return Arm(
+        name, role, description, recipe.student, recipe.teachers, terms, scheme, steps, recipe.training_seed, asked
+    )
 
 
 def _asked(recipe: Recipe, terms: Sequence[Term]) -> Target:
@@ -90,39 +175,32 @@ def _label_term() -> Term:
     return Term(name="label", loss=CrossEntropy(), targets=("label",))
 
 
-def _describe(terms: Sequence[Term]) -> str:
-    return " + ".join(term.name.replace("_", " ") for term in terms)
-
-
-def _row_cost(
-    recipe: Recipe,
-    terms: Sequence[Term],
-    rows: Sequence[Row],
-    student_parameters: int,
-    teacher_parameters: Mapping[str, int],
-    passes: float,
-) -> float:
-    """Mean floating point operations of a row of the arm with these terms."""
-    wanted = targets_of(terms)
+def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
+    """Mean floating point operations of a row of the arm."""
+    student = sizes.stages.get(arm.name, sizes.student) + sizes.beside.get(arm.name, 0)
     total, count = 0.0, 0
     for row in rows:
-        if row.target not in wanted:
+        if row.target not in arm.targets:
             continue
         asked: dict[str, float] = {}  # each teacher's share of the training: until its last term ends
-        for term in terms:
-            if term.teacher is not None and row.target in term.targets:
+        for term in arm.terms:
+            if term.teacher is None or term.teacher not in arm.teachers:
+                continue  # one that the scheme provides is trained, and paid for as such
+            if row.target in term.targets:
                 asked[term.teacher] = max(asked.get(term.teacher, 0.0), term.until)
-        total += 6 * student_parameters * row.num_tokens
+        total += (6 + 2 * arm.scheme.extra_passes(arm.terms, row.target)) * student * row.num_tokens
         for name, share in asked.items():
-            for one, part in _runs(recipe, name, share, passes):
-                total += part * 2 * teacher_parameters[one] * row.tokens_for(one)
+            for one, part in _runs(arm.teachers, name, share, passes):
+                total += part * 2 * sizes.of_teacher(one) * row.tokens_for(one)
         count += 1
     return total / max(count, 1)
 
 
-def _runs(recipe: Recipe, name: str, share: float, passes: float) -> Iterator[tuple[str, float]]:
+def _runs(
+    teachers: Mapping[str, TensorTeacherSpec], name: str, share: float, passes: float
+) -> Iterator[tuple[str, float]]:
     """A teacher and all that it is made of, each with the share of the student's ``passes`` in which it is run."""
-    teacher = recipe.teachers[name]
+    teacher = teachers[name]
     yield name, share
     for member in teacher.made_of():
-        yield from _runs(recipe, member, 1 / passes if teacher.asked_once else share, passes)
+        yield from _runs(teachers, member, 1 / passes if teacher.asked_once else share, passes)

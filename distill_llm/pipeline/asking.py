@@ -6,14 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distill_llm.core.errors import ConfigError, TeacherError
 from distill_llm.core.example import Example
+from distill_llm.core.files import read_json, write_json
 from distill_llm.core.journal import Entry, Journal
+from distill_llm.core.prices import Prices
 from distill_llm.core.processes import my_share, rank, world_size
 from distill_llm.core.progress import Progress
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.dataset import judge
-from distill_llm.rationales.generate import Asker, Round, ask, completion_of, needs_hint, unanswered
-from distill_llm.rationales.ledger import Gate, Ledger, Spent, read_ledgers, sum_up
+from distill_llm.rationales.generate import Asker, Round, Speaker, ask, completion_of, needs_hint, unanswered
+from distill_llm.rationales.ledger import Gate, Ledger, Spent, Tariff, account, cost_of, read_ledgers, sum_up
+from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.teachers.base import Completion, Request
 
 HINTED_SPLIT = "train"
@@ -34,7 +38,7 @@ class Asking:
     def __init__(self, asker: Asker, run: RunFolder, progress: Progress):
         self.asker, self._run, self._progress = asker, run, progress
         journaled: dict[str, Spent] = defaultdict(Spent)
-        by_all = Spent()
+        by_all: dict[str, Spent] = defaultdict(Spent)
         own = run.journal(rank())
         others = [path for path in run.journals() if path != own]
         self.hinted_in_journal = 0
@@ -43,21 +47,16 @@ class Asking:
         def count(entry: Entry, is_own: bool) -> None:
             self.hinted_in_journal += entry.get("hinted", False)
             completion = completion_of(entry)
-            by_all.add(completion)
+            name = account(entry["split"], entry.get("teacher", ""))
+            by_all[name].add(completion)
             if is_own:
-                journaled[entry["split"]].add(completion)
+                journaled[name].add(completion)
 
         self.journal = Journal(own, others=others, each=count)
         self.ledger = Ledger(run.ledger(rank()), journaled)
         # One gate for all rounds: this process's part of what was left when it began. Were it shared out anew before
         # each round, a fast process would take from a slow one's part what that one has not spent yet.
-        self._gate = Gate(
-            asker.spec.budget,
-            asker.spec.prices,
-            sum_up(read_ledgers(run.ledgers()).values()).with_journal(by_all),
-            max_new_tokens=asker.spec.sampling.max_new_tokens,
-            processes=world_size(),
-        )
+        self._gate = _gate(asker.spec, read_ledgers(run.ledgers()), by_all)
 
     def __enter__(self) -> Asking:
         return self
@@ -70,9 +69,7 @@ class Asking:
 
     def count(self, wanted: Mapping[str, Sequence[Example]]) -> tuple[int, int]:
         """How many plain requests there are, of all processes, and how many of them are answered."""
-        return self._count(
-            self.asker.requests(example, split) for split, examples in wanted.items() for example in examples
-        )
+        return self._count(self.requests(example, split) for split, examples in wanted.items() for example in examples)
 
     def count_hinted(self, wanted: Mapping[str, Sequence[Example]]) -> tuple[int, int]:
         """The same of the requests with a hint, as far as the plain ones are answered."""
@@ -87,32 +84,60 @@ class Asking:
             found += sum(request.key in self.journal for request in requests)
         return total, found
 
+    def requests(self, example: Example, split: str) -> list[Request]:
+        """The plain requests of one example; of teachers that were dropped, what they wrote before."""
+        return self._of_those_who_speak(self.asker.requests(example, split))
+
     def complete(self, split: str, examples: Sequence[Example]) -> None:
-        """Asks this process's share: first plainly, then, where every vote was wrong, with the gold label in sight."""
+        """Asks this process's share: first plainly, then, where every vote was wrong, with the gold label in sight.
+
+        Teachers are asked one after the other, each about all examples. Raises what a teacher raises, unless the recipe
+        drops one that fails: then TeacherError where none is left.
+        """
         own = my_share(examples)
-        self._round(split, f"rationales, {split}", lambda: self._plain(own, split))
+        for speaker in self.asker.speakers_of(split):
+            self._turn(speaker, split, "", lambda who: (r for example in own for r in who.requests(example, split)))
         if split == HINTED_SPLIT and self.asker.spec.hint_retry is not None:
             wrong = [example for example in own if self.hinted(example, split)]
-            name = f"rationales, {split}, with a hint"
-            self._round(split, name, lambda: self._hinted(wrong, split))
+            for speaker in self.asker.speakers_of(split):
+                self._turn(speaker, split, ", with a hint", lambda who: self._hinted(who, wrong, split))
 
     def hinted(self, example: Example, split: str) -> list[Request]:
         """The hinted requests of an example: none where a plain completion is right, or still missing."""
         requests = self.asker.hinted(example, split) if split == HINTED_SPLIT else []
         if not requests:
             return []
-        plain = judge(self.asker.requests(example, split), self.answer, self.asker.task)
+        plain = judge(self.requests(example, split), self.answer, self.asker.task)
         if any(judged.completion is None for judged in plain):
             return []
-        return requests if needs_hint([judged.parsed for judged in plain], example, self.asker.task) else []
+        wrong = needs_hint([judged.parsed for judged in plain], example, self.asker.task)
+        return self._of_those_who_speak(requests) if wrong else []
 
-    def _plain(self, examples: Sequence[Example], split: str) -> Iterator[Request]:
-        return (request for example in examples for request in self.asker.requests(example, split))
+    def _of_those_who_speak(self, requests: Sequence[Request]) -> list[Request]:
+        silent = {speaker.voice.name for speaker in self.asker.speakers if speaker.dropped}
+        return [request for request in requests if request.teacher not in silent or request.key in self.journal]
 
-    def _hinted(self, examples: Sequence[Example], split: str) -> Iterator[Request]:
-        return (request for example in examples for request in self.asker.hinted(example, split))
+    def _hinted(self, speaker: Speaker, examples: Sequence[Example], split: str) -> Iterator[Request]:
+        name = speaker.voice.name
+        return (r for example in examples for r in self.asker.hinted(example, split) if r.teacher == name)
 
-    def _round(self, split: str, name: str, requests: Callable[[], Iterator[Request]]) -> None:
+    def _turn(self, speaker: Speaker, split: str, what: str, requests: Callable[[Speaker], Iterator[Request]]) -> None:
+        voice, drops = speaker.voice, self.asker.spec.drops_failing
+        if speaker.dropped:
+            return
+        name = f"rationales, {voice.name}, {split}{what}" if voice.name else f"rationales, {split}{what}"
+        try:
+            self._round(speaker, split, name, lambda: requests(speaker), checks=drops)
+        except (ConfigError, TeacherError) as error:
+            if not drops:
+                raise
+            drop(self.asker, speaker, str(error), self._run, self._progress)
+        if len(self.asker.speakers) > 1:
+            speaker.rest()
+
+    def _round(
+        self, speaker: Speaker, split: str, name: str, requests: Callable[[], Iterator[Request]], *, checks: bool
+    ) -> None:
         total = waiting = 0
         for request in requests():
             total += 1
@@ -122,18 +147,64 @@ class Asking:
             if total:
                 self._progress.advance(turn.name, total, total)
             return
-        self.ledger.start(split)
+        if checks:
+            speaker.check()
+        costs = account(split, speaker.voice.name)
+        self.ledger.start(costs)
         try:
             ask(
                 lambda: unanswered(requests(), self.journal, turn.failures),
                 turn,
-                asker=self.asker,
+                teacher=speaker.teacher,
+                task=self.asker.task,
                 journal=self.journal,
                 ledger=self.ledger,
                 gate=self._gate,
                 progress=self._progress,
             )
         finally:
-            self.ledger.write(split)
+            self.ledger.write(costs)
         self.asked.failures |= turn.failures
         self.asked.closed = self.asked.closed or turn.closed
+
+
+def _gate(spec: RationaleSpec, ledgers: Mapping[str, Spent], journals: Mapping[str, Spent]) -> Gate:
+    """``ledgers`` and ``journals``: what all processes spent, by account."""
+    own = prices_of(spec)
+    return Gate(
+        spec.budget,
+        spec.prices,
+        sum_up(ledgers.values()).with_journal(sum_up(journals.values())),
+        max_new_tokens=spec.sampling.max_new_tokens,
+        processes=world_size(),
+        tariffs={voice.name: Tariff(voice.prices, voice.sampling.max_new_tokens) for voice in spec.voices},
+        cost=max(cost_of(accounts, spec.prices, own) for accounts in (ledgers, journals)),
+    )
+
+
+def prices_of(spec: RationaleSpec) -> dict[str, Prices]:
+    """Those of each of several teachers."""
+    return {voice.name: voice.prices for voice in spec.voices if voice.name}
+
+
+def drop(asker: Asker, speaker: Speaker, reason: str, run: RunFolder, progress: Progress) -> None:
+    """Asks a teacher no more; says so, and leaves word for the process that writes the data set.
+
+    Raises TeacherError where nobody is left.
+    """
+    speaker.dropped = reason
+    name = speaker.voice.name
+    path = run.dropped(rank())
+    write_json(path, (read_json(path) if path.exists() else {}) | {name: reason})
+    if all(other.dropped or not other.voice.votes for other in asker.speakers):
+        raise TeacherError(f"rationales.teacher: every teacher failed, the last one, '{name}', so: {reason}")
+    progress.say(f"warning: the teacher '{name}' is dropped (rationales.teacher.drop_failing): {reason}")
+
+
+def hear_of_dropped(asker: Asker, run: RunFolder) -> None:
+    """Takes over which teachers other processes, or earlier commands, dropped."""
+    for path in run.all_dropped():
+        for name, reason in read_json(path).items():
+            for speaker in asker.speakers:
+                if speaker.voice.name == name and not speaker.dropped:
+                    speaker.dropped = reason

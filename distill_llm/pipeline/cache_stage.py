@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_llm.cache.last_hidden import LastHidden
 from distill_llm.cache.manifest import Manifest, make_manifest, must_match, write_manifest
+from distill_llm.cache.payload import Said
 from distill_llm.cache.shards import Shards, ShardWriter
 from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.processes import main_first, my_share, rank
@@ -84,7 +85,7 @@ def plan_caches(recipe: Recipe, rows: Sequence[Row], vocabulary: Mapping[str, in
 
 def _asked(recipe: Recipe, name: str | None) -> set[str]:
     """A term's teacher, and all that is opened for it."""
-    if name is None:
+    if name is None or name not in recipe.teachers:  # a scheme may provide it
         return set()
     return {name}.union(*(_asked(recipe, member) for member in recipe.teachers[name].members()))
 
@@ -240,10 +241,12 @@ def _columns(
         at_once = max(1, AUTO_BYTES // (4 * plan.manifest["width"]))
         parts = [
             payload.encode(
-                hidden[start : start + at_once],
-                said.make_logits,
-                temperatures,
-                None if noise is None else noise[start : start + at_once],
+                Said(
+                    hidden[start : start + at_once],
+                    said.make_logits,
+                    temperatures,
+                    None if noise is None else noise[start : start + at_once],
+                )
             )
             for start in range(0, len(hidden), at_once)
         ]

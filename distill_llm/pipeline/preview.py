@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Example
 from distill_llm.core.journal import keys_of
+from distill_llm.pipeline.rationale_checks import check_teacher
 from distill_llm.pipeline.rationale_stage import check, make_asker, wanted_splits
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.prompts import make_prompter, prompt_text
-from distill_llm.rationales.spec import RationaleSpec
+from distill_llm.rationales.voices import Voice
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Prompt
 
@@ -35,7 +36,8 @@ class SplitPreview:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """``exact``: tokens were counted by the teacher's tokenizer. ``most_hinted``: further requests, if all votes were
-    wrong. ``most_cost`` is None where the recipe gives no prices; it leaves hinted requests out."""
+    wrong. ``most_cost`` is None where the recipe gives no prices; it leaves hinted requests out. ``failing``: teachers
+    that cannot be had now, and why, where the recipe drops them."""
 
     prompt: str
     example_id: str
@@ -45,6 +47,7 @@ class Preview:
     most_hinted: int
     most_cost: float | None
     currency: str
+    failing: Mapping[str, str] = field(default_factory=dict)
 
 
 def preview_rationales(recipe: Recipe) -> Preview:
@@ -52,30 +55,30 @@ def preview_rationales(recipe: Recipe) -> Preview:
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
     spec, splits = recipe.rationales, check(recipe, student=False)
+    wanted = wanted_splits(recipe, splits)
+    failing = check_teacher(spec, wanted) if spec.drops_failing else {}
     asker, done = make_asker(recipe, spec), keys_of(RunFolder(recipe.folder).journals())
-    prompter = make_prompter(spec.prompt)
+    speakers = [speaker for speaker in asker.speakers if speaker.voice.name not in failing and not speaker.dropped]
     everything: list[int] = []
     parts = []
-    exact = True
-    for split, examples in wanted_splits(recipe, splits).items():
-        prompts = [prompter.render(example) for example in _sample(examples)]
-        counts, exact = _count(spec, prompts)
-        everything += counts
-        requests = answered = 0
-        for example in examples:
-            made = asker.requests(example, split)
-            requests += len(made)
-            answered += sum(int(request.key, 16) in done for request in made)
-        left = requests - answered
-        parts.append(
-            SplitPreview(
-                split,
-                requests,
-                answered,
-                round(left * statistics.fmean(counts)),
-                left * spec.sampling.max_new_tokens,
-            )
-        )
+    exact, most_cost = True, 0.0
+    for split, examples in wanted.items():
+        for speaker in speakers:
+            if speaker not in asker.speakers_of(split):
+                continue
+            voice = speaker.voice
+            prompter = make_prompter(voice.prompt, where=voice.prompt_where)
+            counts, counted = _count(voice, [prompter.render(example) for example in _sample(examples)])
+            exact = exact and counted
+            everything += counts
+            requests = [int(r.key, 16) for example in examples for r in speaker.requests(example, split)]
+            answered = sum(key in done for key in requests)
+            left = len(requests) - answered
+            tokens_in, most_out = round(left * statistics.fmean(counts)), left * voice.sampling.max_new_tokens
+            name = f"{split}, {voice.name}" if voice.name else split
+            parts.append(SplitPreview(name, len(requests), answered, tokens_in, most_out))
+            most_cost += voice.prices.cost(tokens_in, most_out)
+    prompter = make_prompter(speakers[0].voice.prompt, where=speakers[0].voice.prompt_where)
     example = splits.train[0]
     hinted = [e for e in splits.train if e.label is not None] if spec.hint_retry is not None else []
     return Preview(
@@ -84,9 +87,10 @@ def preview_rationales(recipe: Recipe) -> Preview:
         tokens_a_request=(min(everything), round(statistics.fmean(everything)), max(everything)),
         exact=exact,
         splits=tuple(parts),
-        most_hinted=len(hinted) * (spec.hint_retry.samples if spec.hint_retry else 0),
-        most_cost=_most_cost(spec, parts),
-        currency=spec.prices.currency,
+        most_hinted=len(hinted) * len(speakers) * (spec.hint_retry.samples if spec.hint_retry else 0),
+        most_cost=most_cost if any(voice.prices.known for voice in spec.voices) else None,
+        currency=next((voice.prices.currency for voice in spec.voices if voice.prices.known), spec.prices.currency),
+        failing=failing,
     )
 
 
@@ -94,14 +98,8 @@ def _sample(examples: Sequence[Example]) -> Sequence[Example]:
     return random.Random(0).sample(examples, _SAMPLE) if len(examples) > _SAMPLE else examples
 
 
-def _count(spec: RationaleSpec, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
-    counted = spec.teacher.count_tokens(prompts)
+def _count(voice: Voice, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
+    counted = voice.teacher.count_tokens(prompts)
     if counted is not None:
         return counted, True
     return [len(prompt_text(prompt)) // _CHARACTERS_A_TOKEN + 1 for prompt in prompts], False
-
-
-def _most_cost(spec: RationaleSpec, parts: Sequence[SplitPreview]) -> float | None:
-    if not spec.prices.known:
-        return None
-    return spec.prices.cost(sum(part.tokens_in for part in parts), sum(part.most_tokens_out for part in parts))

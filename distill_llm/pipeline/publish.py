@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, write_text
-from distill_llm.hub.rationale_card import RationaleCardFacts, SplitFacts, rationale_card
+from distill_llm.hub.rationale_card import MemberFacts, RationaleCardFacts, SplitFacts, rationale_card
 from distill_llm.pipeline.run_folder import RunFolder, open_run
 from distill_llm.rationales.dataset import COLUMNS
 from distill_llm.rationales.prompts import make_prompter
+from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -61,12 +62,10 @@ def licence_warnings(recipe: Recipe) -> list[str]:
     """What the licences of teacher and data forbid or leave open, a sentence each."""
     from distill_llm.hub.licences import data_restriction, teacher_restriction
 
-    if recipe.rationales is None or recipe.rationales.teacher.knows_answers:
-        found = [data_restriction(type(recipe.task).licence)]
-    else:
-        teacher = recipe.rationales.teacher.describe()
-        found = [teacher_restriction(teacher.name, teacher.licence), data_restriction(type(recipe.task).licence)]
-    return [warning for warning in found if warning]
+    voices = recipe.rationales.voices if recipe.rationales is not None else ()
+    known = [voice.describe() for voice in voices if voice.votes]
+    found = [teacher_restriction(facts.name, facts.licence) for facts in known]
+    return [warning for warning in (*found, data_restriction(type(recipe.task).licence)) if warning]
 
 
 def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> RationaleCardFacts:
@@ -74,7 +73,8 @@ def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> Ration
 
     assert recipe.rationales is not None
     spec, teacher = recipe.rationales, recipe.rationales.teacher.describe()
-    funnel, spent = read_json(run.funnel), read_json(run.spent)["total"]
+    funnel, report = read_json(run.funnel), read_json(run.spent)
+    spent = report["total"]
     prompter = make_prompter(spec.prompt)
     kind, data = type(recipe.task).model_fields["kind"].default, getattr(recipe.task, "data", "")
     return RationaleCardFacts(
@@ -82,12 +82,12 @@ def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> Ration
         task=recipe.name if kind == "jsonl" else kind,
         task_data="" if not isinstance(data, str) or Path(data).expanduser().exists() else data,
         task_licence=type(recipe.task).licence,
-        teacher=Path(teacher.name).name if Path(teacher.name).expanduser().exists() else teacher.name,
+        teacher=_public_name(teacher.name),
         teacher_revision=teacher.revision,
         teacher_licence=teacher.licence,
-        from_data=spec.teacher.knows_answers,
+        from_data=spec.knows_answers,
         splits={split: _split_facts(run.rationales(split).name, counts) for split, counts in funnel.items()},
-        columns={name: text for name, text in COLUMNS.items() if name != "logprobs" or spec.sampling.top_logprobs},
+        columns={name: text for name, text in COLUMNS.items() if name != "logprobs" or spec.keeps_logprobs},
         command=f"distill-llm generate-rationales {recipe.name}.yaml",
         version=__version__,
         licence=licence,
@@ -104,7 +104,38 @@ def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> Ration
         tokens_out=spent["tokens_out"],
         cost=spent["cost"],
         currency=spent["currency"] or "",
+        members=_members(recipe, spec, funnel, report.get("teachers", {})),
     )
+
+
+def _public_name(name: str) -> str:
+    """A folder of this machine means nothing elsewhere, but for its own name."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _members(
+    recipe: Recipe, spec: RationaleSpec, funnel: Mapping[str, Any], spent: Mapping[str, Mapping[str, Any]]
+) -> list[MemberFacts]:
+    found = []
+    for voice in spec.voices if spec.teacher.members() else ():
+        facts = voice.describe()
+        shares = [counts["teachers"][voice.name] for counts in funnel.values() if voice.name in counts["teachers"]]
+        sums = {key: sum(share[key] for share in shares) for key in ("asked", "completed", "kept", "known", "right")}
+        found.append(
+            MemberFacts(
+                voice.name,
+                _public_name(facts.name),
+                facts.revision,
+                facts.licence if voice.votes else type(recipe.task).licence,
+                voice.samples,
+                make_prompter(voice.prompt, where=voice.prompt_where).fingerprint,
+                **sums,
+                say=shares[0]["say"],
+                dropped=shares[0]["dropped"],
+                cost=spent.get(voice.name, {}).get("cost"),
+            )
+        )
+    return found
 
 
 def _split_facts(file: str, counts: Mapping[str, Any]) -> SplitFacts:

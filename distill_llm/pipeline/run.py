@@ -11,11 +11,13 @@ from distill_llm.core.example import Splits
 from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
-from distill_llm.pipeline.arms import STUDENT
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.standing import settled
+from distill_llm.pipeline.transfer import transferred
 from distill_llm.pipeline.views import facts_of_views
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
@@ -30,6 +32,7 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
     Completions that the folder's journal holds are not asked for again. Under torchrun each process asks its share.
     """
     quiet_libraries()
+    recipe = recipe.resolved()
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
     splits = check(recipe, student=False)
@@ -49,6 +52,7 @@ def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheR
     from distill_llm.pipeline.student_stage import make_plan
 
     quiet_libraries()
+    recipe = recipe.resolved()
     if not any(teacher.asked_once for teacher in recipe.teachers.values()):
         raise ConfigError(
             f"recipe {recipe.name} has no teacher of `kind: cached` or `captured` among {sorted(recipe.teachers)}: "
@@ -56,19 +60,25 @@ def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheR
         )
     main_first(lambda: None, patience=PATIENCE)  # one process may be through with its share long before another
     run, material = _claim_with_material(recipe)
+    recipe = settled(recipe, run, progress)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
     captures = _write_captures(recipe, plan, material, run)
     return [*write_caches(recipe, plan.rows.rows, run, progress), *captures]
 
 
-def train(recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), progress: Progress = SILENT) -> RunFolder:
+def train(
+    recipe: Recipe, *, arms: Sequence[str] = (STUDENT,), retrain: bool = False, progress: Progress = SILENT
+) -> RunFolder:
     """Trains the student (or other arms, or ``all``) on rationales that are there already.
 
-    Works in one process and under torchrun. Raises ConfigError where the rationales are missing.
+    Works in one process and under torchrun. Raises ConfigError where the rationales are missing, or where the folder
+    has arms that this recipe would train otherwise; with ``retrain`` these are set aside, and trained anew.
     """
     quiet_libraries()
+    recipe = recipe.resolved()
     run, material = _claim_with_material(recipe)
-    _train(recipe, material, run, arms, progress, writes_caches=False)
+    _train(settled(recipe, run, progress), material, run, arms, progress, writes_caches=False, retrain=retrain)
     return run
 
 
@@ -79,12 +89,23 @@ def student_trainer(recipe: Recipe) -> DistillTrainer:
     folder; the run's scorecard knows only of models that ``train`` or ``run`` finished.
     """
     from distill_llm.pipeline.cache_stage import require_caches
+    from distill_llm.pipeline.plan_facts import settle
     from distill_llm.pipeline.student_stage import make_plan, make_trial
     from distill_llm.pipeline.trial import make_trial_trainer
 
     quiet_libraries()
+    recipe = recipe.resolved()
     run, material = _claim_with_material(recipe)
+    recipe = settled(recipe, run, SILENT)
+    material = transferred(recipe, material)
     plan = make_plan(recipe, material, run)
+    settle(recipe, plan.arms, run, retrain=False)
+    missing = [name for name in plan.arms[0].after if not run.result(name).exists()]
+    if missing:
+        raise ConfigError(
+            f"scheme: the student needs the stages {missing}, which are not trained yet. First type: distill-llm train "
+            f"RECIPE --arm {missing[-1]}"
+        )
     require_caches(recipe, plan.rows.rows, run)
     _write_captures(recipe, plan, material, run)
     return make_trial_trainer(make_trial(recipe, material, plan, run, plan.arms[0], recipe.train.learning_rate))
@@ -94,25 +115,27 @@ def evaluate(run_dir: str | Path, *, overrides: Sequence[str] = (), progress: Pr
     """Scores every trained model of a run folder on its test split, and writes the scorecard."""
     from distill_llm.pipeline.score_stage import score
 
-    _one_process("evaluate")
+    in_one_process("evaluate")
     quiet_libraries()
     run, recipe = open_run(run_dir, overrides)
     return score(recipe, _material_of(recipe, load_examples(recipe), run), run, progress)
 
 
-def run(recipe: Recipe, *, progress: Progress = SILENT) -> Scorecard:
+def run(recipe: Recipe, *, retrain: bool = False, progress: Progress = SILENT) -> Scorecard:
     """All stages: rationales, the student with its ablations and controls, the scorecard. Resumes at the first that is
-    unfinished."""
+    unfinished; ``retrain`` is that of ``train``."""
     from distill_llm.pipeline.score_stage import check_test_labels, score
 
-    _one_process("run")
+    in_one_process("run")
     quiet_libraries()
+    recipe = recipe.resolved()
     splits = check(recipe)
     check_test_labels(splits)  # before hours are spent on what could not be scored
     folder = claim(recipe)
     gather(recipe, splits, folder, progress)
     material = _material_of(recipe, splits, folder)
-    _train(recipe, material, folder, ["all"], progress, writes_caches=True)
+    settled_recipe = settled(recipe, folder, progress)
+    _train(settled_recipe, material, folder, ["all"], progress, writes_caches=True, retrain=retrain)
     return score(recipe, material, folder, progress)
 
 
@@ -124,11 +147,22 @@ def _train(
     progress: Progress,
     *,
     writes_caches: bool,
+    retrain: bool,
 ) -> None:
     from distill_llm.pipeline.cache_stage import require_caches, write_caches
+    from distill_llm.pipeline.needs import say_needs
+    from distill_llm.pipeline.plan_facts import settle
     from distill_llm.pipeline.student_stage import make_plan, train_arms
 
+    everything, material = material, transferred(recipe, material)
+    if recipe.transfer is not None:
+        there, left = len(everything.splits.train), len(material.splits.train)
+        progress.say(f"transfer: the student sees {left:,} of {there:,} training examples")
     plan = make_plan(recipe, material, run)
+    aside: list[str] = []
+    main_first(lambda: aside.extend(settle(recipe, plan.arms, run, retrain=retrain)))
+    if aside:
+        progress.say(f"set aside in {run.models / '.before'}: {', '.join(aside)}")
     rows = plan.rows
     counts = ", ".join(f"{number:,} {target}" for target, number in rows.count().items())
     cut = f"; cut to fit: {rows.inputs_cut:,} inputs, {rows.targets_cut:,} targets"
@@ -142,6 +176,7 @@ def _train(
             progress.say(f"signals of {report.name}: {report.rows:,} rows, {report.there:,} of them there already")
     else:
         main_first(lambda: require_caches(recipe, rows.rows, run))
+    say_needs(recipe, plan.arms, run, progress)
     train_arms(recipe, material, plan, run, arms, progress)
 
 
@@ -171,7 +206,8 @@ def _claim_with_material(recipe: Recipe) -> tuple[RunFolder, Material]:
     return run, _material_of(recipe, splits, run)
 
 
-def _one_process(command: str) -> None:
+def in_one_process(command: str) -> None:
+    """Raises ConfigError under torchrun."""
     if world_size() > 1:
         raise ConfigError(
             f"`{command}` works in one process. Run it without torchrun; under torchrun use `distill-llm "

@@ -5,23 +5,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.core.files import fingerprint, read_json, storage, write_json
+from distill_llm.core.files import read_json, storage, write_json
+from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
 from distill_llm.data.rows import RowSet, build_rows, target_texts
 from distill_llm.data.view import StudentView
-from distill_llm.models.load import build_student, load_tokenizer, read_tokenizer
+from distill_llm.models.load import LoadedModel, build_student, load_tokenizer, parameters_of, read_tokenizer
 from distill_llm.models.vision import decoder_positions
-from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
+from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
+from distill_llm.pipeline.plan_facts import write_plan
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import Trial, student_view
-from distill_llm.pipeline.views import is_asked, make_viewers
+from distill_llm.pipeline.views import check_room, is_asked, make_viewers
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.recipe import Recipe
+from distill_llm.schemes.stages import STUDENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,6 @@ class Plan:
 
 def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     """Builds the tokenizer (saved in the run folder), the rows, and the arms; loads the student once for its size."""
-    from distill_llm.core.processes import main_first
-
     main_first(lambda: _save_tokenizer(recipe, material, run))
     student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
     check_chat(recipe, student.tokenizer)
@@ -50,16 +52,36 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         label_from=recipe.label_from,
         viewers=make_viewers(recipe, student, view),
     )
+    check_room(recipe, rows.rows, student)
+    return Plan(plan_arms(recipe, rows.rows, _sizes(recipe, student, run)), rows)
+
+
+def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
+    """``student`` is the recipe's own. Loads no further weights."""
     size = student.num_parameters
-    sizes = {name: teacher.num_parameters(size) for name, teacher in recipe.teachers.items() if is_asked(recipe, name)}
-    return Plan(plan_arms(recipe, rows.rows, student_parameters=size, teacher_parameters=sizes), rows)
+    stages: dict[str, int] = {}
+    for stage in recipe.stages:
+        begun = {str(run.model(name)): parameters for name, parameters in stages.items()}
+        if stage.name == STUDENT:
+            stages[STUDENT] = size
+        elif stage.student.model in begun:
+            stages[stage.name] = begun[stage.student.model]
+        else:
+            where = f"scheme: stage '{stage.name}'"
+            stages[stage.name] = parameters_of(stage.student, student.tokenizer, where=where)
+    teachers = {name: spec for name, spec in recipe.teachers.items() if is_asked(recipe, name)}
+    for stage in recipe.stages:
+        own = {name for name in stage.teachers if name not in recipe.teachers and name not in stages}
+        teachers |= {name: stage.teachers[name] for name in own}
+    beside = {STUDENT: recipe.stages[-1].scheme.extra_parameters(student, recipe.student)}
+    return Sizes(stages, {name: spec.num_parameters(size) for name, spec in teachers.items()}, beside)
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
     return Trial(
         arm=arm,
         learning_rate=rate,
-        recipe=recipe,
+        recipe=arm.recipe(recipe),
         rows=arm.rows_of(plan.rows.rows),
         validation=material.splits.validation,
         tokenizer=run.tokenizer,
@@ -70,53 +92,64 @@ def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, a
 def train_arms(
     recipe: Recipe, material: Material, plan: Plan, run: RunFolder, names: Sequence[str], progress: Progress
 ) -> None:
-    """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks."""
+    """Trains the named arms that are not trained yet. Each has every learning rate of ``tune``; validation picks.
+
+    An arm that needs others waits for them; all that need nothing more are trained side by side. The folder's arms
+    are those of the plan (``settle``).
+    """
     if all(example.label is None for example in material.splits.validation):
         progress.say("no validation example has a label: nothing is validated, and the last step is kept")
-    waiting = [arm for arm in choose(plan.arms, names) if not _is_trained(arm, run)]
-    rates = recipe.train.tune or (recipe.train.learning_rate,)
-    trials = [make_trial(recipe, material, plan, run, arm, rate) for arm in waiting for rate in rates]
+    waiting = [arm for arm in choose(plan.arms, names) if not run.result(arm.name).exists()]
     for arm in waiting:
-        write_json(run.arm(arm.name) / "plan.json", _plan_facts(arm))
-    results = run_trials(trials, recipe.train.workers, progress)
-    for arm in waiting:
-        own = [(trial, result) for trial, result in zip(trials, results, strict=True) if trial.arm.name == arm.name]
-        _keep_best(arm, own, run)
+        write_plan(arm, recipe, plan.arms, run)
+    while waiting:
+        unfinished = {arm.name for arm in waiting}
+        ready = [arm for arm in waiting if unfinished.isdisjoint(arm.after)]
+        trials = [
+            make_trial(recipe, material, plan, run, arm, rate) for arm in ready for rate in _rates_of(arm, recipe)
+        ]
+        results = run_trials(trials, recipe.train.workers, progress)
+        pairs = list(zip(trials, results, strict=True))
+        main_first(partial(_keep_best_of, ready, pairs, run))
+        waiting = [arm for arm in waiting if arm not in ready]
 
 
-def _plan_facts(arm: Arm) -> dict[str, Any]:
-    terms = [term.model_dump(mode="json") for term in arm.terms]
-    return {"description": arm.description, "max_steps": arm.max_steps, "terms": terms, "target": arm.evaluate_target}
+def _rates_of(arm: Arm, recipe: Recipe) -> tuple[float, ...]:
+    """Where validation cannot choose, the recipe has chosen."""
+    return recipe.train.tune if recipe.train.tune and arm.validated else (recipe.train.learning_rate,)
 
 
-def _is_trained(arm: Arm, run: RunFolder) -> bool:
-    """Raises ConfigError where the folder holds an arm of this name with another plan."""
-    path = run.arm(arm.name) / "plan.json"
-    if path.exists() and fingerprint(read_json(path)) != fingerprint(_plan_facts(arm)):
-        raise ConfigError(
-            f"{run.arm(arm.name)}: this arm was planned otherwise ({path.name} says how). Delete the folder to train "
-            "it anew, or give the arm another name."
-        )
-    return run.result(arm.name).exists()
+def _keep_best_of(arms: Sequence[Arm], pairs: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
+    for arm in arms:
+        _keep_best(arm, [pair for pair in pairs if pair[0].arm is arm], run)
 
 
 def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:
-    """Moves the model with the best validation accuracy up to the arm's folder. Only the main process does."""
-    from distill_llm.core.processes import is_main_process
-
-    if not is_main_process():
-        return
+    """Moves the model with the best validation accuracy up to the arm's folder; those that learned beside the student
+    to folders of their own."""
     best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
-    with storage(run.model(arm.name)):
-        if (best.folder / "model").exists():
-            shutil.rmtree(run.model(arm.name), ignore_errors=True)
-            (best.folder / "model").rename(run.model(arm.name))
-    write_json(
-        run.result(arm.name),
-        _plan_facts(arm) | {"role": arm.role} | result | {"trials": [result for _, result in trials]},
-    )
+    facts = read_json(run.plan(arm.name)) | {"role": arm.role, "scored": arm.scored}
+    learner, others = result.get("learner", STUDENT), result.get("others", {})
+    if learner != STUDENT and others:
+        facts["description"] += f" ({learner}, the best of {len(others) + 1} on validation)"
+    for name, accuracy in others.items() if arm.name == STUDENT else ():
+        described = f"{arm.scheme.describe(name)}, from its training: {arm.description}"
+        own = {"description": described, "validation_accuracy": accuracy, "learner": name, "others": {}}
+        _move(best.folder / "others" / name, run.model(name))
+        write_json(run.result(name), facts | result | own)
+    _move(best.folder / "model", run.model(arm.name))
+    write_json(run.result(arm.name), facts | result | {"trials": [result for _, result in trials]})
     for trial, _ in trials:
         shutil.rmtree(trial.folder, ignore_errors=True)
+
+
+def _move(model: Path, to: Path) -> None:
+    """Nothing where a run that was interrupted has moved it already."""
+    with storage(to):
+        if model.exists():
+            shutil.rmtree(to, ignore_errors=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            model.rename(to)
 
 
 def check_chat(recipe: Recipe, tokenizer: Any) -> None:

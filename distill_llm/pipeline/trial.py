@@ -15,14 +15,20 @@ from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.schemes.on_policy import OnPolicy
+from distill_llm.teachers.base import DeepTeacher
+from distill_llm.teachers.frozen import Frozen
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
-    from distill_llm.core.example import Example
+    from distill_llm.core.example import Example, Target
     from distill_llm.core.progress import Progress
     from distill_llm.data.rows import Row
+    from distill_llm.evaluation.likelihood import LabelScores
+    from distill_llm.evaluation.predict import Predictions
     from distill_llm.models.picture import Painter
+    from distill_llm.recipe.train import TrainSpec
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
 
@@ -72,21 +78,46 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     from distill_llm.training.train import make_trainer
 
     recipe = trial.recipe
-    set_seed(recipe.seed)
+    set_seed(recipe.training_seed)
     student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
     student.model.to(default_device())
+    spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
+    if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
+        return _make_trl_trainer(trial, recipe.scheme, student, spec)
+    student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
     teachers = open_teachers(recipe, trial.arm.terms, student)
     return make_trainer(
         student,
         trial.rows,
-        spec=recipe.train.model_copy(update={"learning_rate": trial.learning_rate}),
+        spec=spec,
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
         teachers=teachers,
         validate=_validator(trial, student),
         folder=trial.folder,
-        seed=recipe.seed,
+        seed=recipe.training_seed,
+    )
+
+
+def _make_trl_trainer(trial: Trial, scheme: OnPolicy, student: LoadedModel, spec: TrainSpec) -> Any:
+    """Trainer and fit know each other by transformers.Trainer alone."""
+    from distill_llm.training.trl import make_trl_trainer
+
+    (term,) = trial.arm.terms
+    teacher = trial.recipe.teachers[term.teacher or ""]
+    assert isinstance(teacher, Frozen), "the recipe was checked"
+    return make_trl_trainer(
+        student,
+        trial.rows,
+        spec=spec,
+        max_steps=trial.arm.max_steps,
+        scheme=scheme,
+        term=term,
+        teacher=teacher.load(_facts(student))[0],
+        validate=_validator(trial, student),
+        folder=trial.folder,
+        seed=trial.recipe.training_seed,
     )
 
 
@@ -113,9 +144,11 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
 def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
     """The live teachers that some term names, and those that they are made of; each is opened once."""
     opened: dict[str, TensorTeacher] = {}
-    for name in sorted({term.teacher for term in terms if term.teacher is not None}):
+    for name in sorted({term.teacher for term in terms if term.teacher is not None} - recipe.scheme.provides):
         open_teacher(recipe, name, student, opened)
-    _open_layers(student.model, opened, Objective(terms))
+    objective = recipe.scheme.for_learners(Objective(terms))
+    for learner, model in recipe.scheme.each(student.model):
+        _open_layers(model, opened, objective.of(learner))
     return opened
 
 
@@ -169,34 +202,60 @@ def _open_layers(student: Any, teachers: Mapping[str, TensorTeacher], objective:
     add_heads(student, widths)
 
 
+def answers(
+    recipe: Recipe,
+    model: Any,
+    view: StudentView,
+    examples: Sequence[Example],
+    target: Target,
+    *,
+    progress: Progress,
+    name: str,
+) -> tuple[Predictions, LabelScores | None]:
+    """What the model answers, as the recipe asks: written, or, of labels, the likeliest, then with their scores."""
+    from distill_llm.evaluation.likelihood import score_labels
+    from distill_llm.evaluation.predict import predict
+
+    settings: dict[str, Any] = {
+        "batch_rows": recipe.evaluate.batch_rows,
+        "progress": progress,
+        "name": name,
+    }
+    if recipe.evaluate.by == "likelihood" and target == "label":
+        scores = score_labels(model, view, examples, **settings)
+        return scores.predictions(recipe.task), scores
+    most = max_new_tokens(recipe)
+    return predict(model, view, examples, task=recipe.task, target=target, max_new_tokens=most, **settings), None
+
+
 def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, float]] | None:
-    """The task's accuracy on the labelled validation examples, None without any; every rank scores its share."""
+    """The task's accuracy on the labelled validation examples; every rank scores its share.
+
+    None without any, or where the arm is not chosen by it. Where several learn in one training, `accuracy` is that of
+    the one that would become the student.
+    """
     labelled = [example for example in trial.validation if example.label is not None]
-    if not labelled:
+    if not labelled or not trial.arm.validated:
         return None
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT
-    from distill_llm.evaluation.predict import predict
 
     view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder, student.painter)
+    scheme = trial.recipe.scheme
 
-    def validate(model: Any) -> dict[str, float]:
+    def accuracy(model: Any) -> float:
         part = my_share(labelled)
         right = 0
         if part:
-            predictions = predict(
-                model,
-                view,
-                part,
-                task=trial.recipe.task,
-                target=trial.arm.evaluate_target,
-                batch_rows=trial.recipe.evaluate.batch_rows,
-                max_new_tokens=max_new_tokens(trial.recipe),
-                progress=SILENT,
-                name="validation",
-            )
+            target = trial.arm.evaluate_target
+            predictions, _ = answers(trial.recipe, model, view, part, target, progress=SILENT, name="validation")
             right = sum(bool(one.correct) for one in predictions.items)
         right, asked = summed(right, len(part))
-        return {"accuracy": right / max(asked, 1)}
+        return right / max(asked, 1)
+
+    def validate(model: Any) -> dict[str, float]:
+        scores = {name: accuracy(one) for name, one in scheme.each(model)}
+        best = {"accuracy": scores[scheme.student_among(scores)]}
+        return best | {f"accuracy_{name}": score for name, score in scores.items() if len(scores) > 1}
 
     return validate

@@ -17,9 +17,11 @@ from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, context_tokens
 from distill_llm.models.picture import Painter, Picture, check_image
 from distill_llm.models.prompt_tokens import prompt_ids
-from distill_llm.rationales.prompts import Prompter, PromptSpec, hinted, make_prompter
+from distill_llm.rationales.prompts import Prompter, hinted, make_prompter
 from distill_llm.tasks.wording import bare_question
-from distill_llm.teachers.base import Prompt, reads_otherwise, with_members
+from distill_llm.teachers.base import Prompt, with_members
+from distill_llm.teachers.prompt import PromptSpec
+from distill_llm.teachers.student import reads_otherwise
 from distill_llm.teachers.view import PLACES, Reader, TeacherView
 
 if TYPE_CHECKING:
@@ -45,11 +47,11 @@ class TeacherViewer:
     def views(
         self, examples: Sequence[Example], target: Target, texts: Sequence[str], labels: Sequence[Sequence[int]]
     ) -> list[RowView | None]:
-        """None for an example without a gold label, where the view tells it. Raises DataError where one is too long."""
+        """None for an example without what the view tells of it. Raises DataError where one is too long."""
         found: list[RowView | None] = []
         prefix = decoder_prefix(self.recipe, self.reader, target)
         for example, (own, places) in zip(examples, self._targets(texts, labels), strict=True):
-            if self.reader.view.gold_label and example.label is None:
+            if not _may_be_told(self.reader.view, example):
                 found.append(None)
                 continue
             where = f"teachers.{self.name}.view: example '{example.id}'"
@@ -121,8 +123,8 @@ def check_views(recipe: Recipe, examples: Sequence[Example]) -> None:
         view, where = recipe.teachers[name].own_view(), f"teachers.{name}.view"
         if view is None or not is_asked(recipe, name):
             continue
-        known = [example for example in examples if example.label is not None] if view.gold_label else examples
-        if not known:
+        known = [example for example in examples if _may_be_told(view, example)]
+        if view.gold_label and all(example.label is None for example in examples):
             raise DataError(f"{where}.gold_label: no training example has a gold label. Set gold_label: false.")
         reader = recipe.teachers[name].reader()
         if reader is None:  # it is made of a student that is not there yet
@@ -161,9 +163,13 @@ def view_prompters(recipe: Recipe) -> dict[str, Prompter]:
 
 def render(recipe: Recipe, view: TeacherView, prompter: Prompter, example: Example, target: Target) -> Prompt:
     """What a teacher reads of an example where the student is to write ``target``."""
-    question, text = "", example.input
+    question, text, told = "", example.input, []
+    if view.rationale and example.rationale is not None:
+        told.append(example.rationale)
     if view.gold_label and example.label is not None:
-        answer = recipe.task.answer_sentence(example.label, example)
+        told.append(recipe.task.answer_sentence(example.label, example))
+    if told:
+        answer = " ".join(told)
         question, text = (hinted(view.hint, asked, answer) for asked in (bare_question(example.prompt), text))
     prefix = recipe.student.prefixes.of(target) if view.prefix_side == "encoder" else ""
     parts = {"prompt": prompter.question(example, question), "input": prefix + text}
@@ -211,17 +217,41 @@ def is_asked(recipe: Recipe, name: str) -> bool:
     return bool(targets_asked(recipe, name))
 
 
-def repeaters(recipe: Recipe) -> list[str]:
-    """Teachers that are told the gold label and asked for it: what they say of it is trivially right."""
-    views = {name: teacher.own_view() for name, teacher in recipe.teachers.items()}
-    return [name for name, view in views.items() if view and view.gold_label and "label" in targets_asked(recipe, name)]
+def repeaters(recipe: Recipe) -> list[tuple[str, Target]]:
+    """Teachers that are told the very text that they are asked for, with its target: what they say of it is trivially
+    right. A rationale that the student is to write in words of its own is another text."""
+    found: list[tuple[str, Target]] = []
+    for name, teacher in recipe.teachers.items():
+        view, asked = teacher.own_view(), targets_asked(recipe, name)
+        if view and view.gold_label and "label" in asked:
+            found.append((name, "label"))
+        if view and view.rationale and "rationale" in asked and not recipe.scheme.written_tokens("rationale"):
+            found.append((name, "rationale"))
+    return found
+
+
+def check_room(recipe: Recipe, rows: Sequence[Row], student: LoadedModel) -> None:
+    """Raises ConfigError where student, or a teacher with a view, has no room for the texts that the student writes."""
+    context = None if student.is_encoder_decoder else context_tokens(student.model.config)
+    readers = {name: teacher.reader(student) for name, teacher in recipe.teachers.items() if is_asked(recipe, name)}
+    for row in rows:
+        new = recipe.scheme.written_tokens(row.target)
+        if not new or not any(row.target in term.targets for term in recipe.objective if term.teacher is not None):
+            continue
+        _check_room(len(row.input_ids), new, context, "the student")
+        for name, view in row.views.items():
+            reader = readers[name]
+            assert reader is not None, "it has a view"
+            limit = None if reader.config.is_encoder_decoder else context_tokens(reader.config)
+            _check_room(len(view.input_ids), new, limit, f"teacher {name}")
 
 
 @dataclass(frozen=True, slots=True)
 class ViewFacts:
     """What became of a teacher's view over all rows that it is asked about, of ``num_tokens`` student tokens.
 
-    ``untold`` rows have no gold label to be told; ``unmatched`` tokens have no counterpart, these rows' included.
+    ``untold`` rows have no gold label or rationale to be told; ``unmatched`` tokens have no counterpart, these rows'
+    included.
     """
 
     num_rows: int
@@ -233,7 +263,7 @@ class ViewFacts:
     def __str__(self) -> str:
         said = f"reads up to {self.longest:,} tokens a row"
         if self.untold:
-            said += f"; says nothing of {self.untold:,} of {self.num_rows:,} rows, which have no gold label"
+            said += f"; says nothing of {self.untold:,} of {self.num_rows:,} rows, of which it cannot be told enough"
         if self.unmatched:
             share = self.unmatched / self.num_tokens
             said += f"; {self.unmatched:,} of {self.num_tokens:,} tokens have no counterpart ({share:.1%})"
@@ -262,6 +292,19 @@ def targets_asked(recipe: Recipe, name: str) -> frozenset[Target]:
         if term.teacher is not None and name in with_members(recipe.teachers, term.teacher)
         for target in term.targets
     )
+
+
+def _may_be_told(view: TeacherView, example: Example) -> bool:
+    """Whether the example has what the view tells of it."""
+    return (example.label is not None or not view.gold_label) and (example.rationale is not None or not view.rationale)
+
+
+def _check_room(inputs: int, new: int, context: int | None, whose: str) -> None:
+    if context is not None and inputs + new > context:
+        raise ConfigError(
+            f"scheme.max_new_tokens: {new:,} tokens behind an input of {inputs:,} are more than {whose} takes "
+            f"({context:,}). Lower it, or cut inputs with `train.max_input_tokens`."
+        )
 
 
 def _check_tokenizer(reader: Reader, name: str) -> None:

@@ -8,7 +8,8 @@ import queue
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from distill_llm.core.errors import Interrupted
 from distill_llm.core.progress import Progress
@@ -16,25 +17,35 @@ from distill_llm.pipeline.trial import Trial, run_trial
 
 _worker: dict[str, Any] = {}
 """What a worker process was started with."""
+Job: TypeAlias = Callable[[Progress], dict[str, Any]]
+"""Work of one process, that a pickle can carry to it."""
 
 
 def run_trials(trials: Sequence[Trial], workers: int, progress: Progress) -> list[dict[str, Any]]:
     """The result of each trial, in order. Finished trials are kept when one fails or the user stops."""
-    if workers == 1 or len(trials) <= 1:
-        return [run_trial(trial, progress) for trial in trials]
+    order = list(range(len(trials)))
+    if workers > 1:
+        order.sort(key=lambda i: -trials[i].arm.max_steps)  # the longest first, so that none is left over at the end
+    results = side_by_side([partial(_train, trials[i]) for i in order], workers, progress)
+    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+
+def side_by_side(jobs: Sequence[Job], workers: int, progress: Progress) -> list[dict[str, Any]]:
+    """The result of each job, begun in this order, so many at once; in this process where ``workers`` is 1."""
+    if workers == 1 or len(jobs) <= 1:
+        return [job(progress) for job in jobs]
     context = multiprocessing.get_context("spawn")
     reports: Any = context.Queue()
     stop = context.Event()
     pool = ProcessPoolExecutor(
-        max_workers=min(workers, len(trials)),
+        max_workers=min(workers, len(jobs)),
         mp_context=context,
         initializer=_start,
         initargs=(reports, stop, os.getpid()),
     )
-    longest_first = sorted(range(len(trials)), key=lambda i: -trials[i].arm.max_steps)
-    futures = {i: pool.submit(_work, trials[i]) for i in longest_first}
+    futures = [pool.submit(_work, job) for job in jobs]
     try:
-        _draw_until_done(futures.values(), reports, progress)
+        _draw_until_done(futures, reports, progress)
     except KeyboardInterrupt:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -44,7 +55,7 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Progress) -> lis
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown()
-    return [futures[i].result() for i in range(len(trials))]
+    return [future.result() for future in futures]
 
 
 def _draw_until_done(futures: Iterable[Future[Any]], reports: Any, progress: Progress) -> None:
@@ -85,9 +96,14 @@ def _start(reports: Any, stop: Any, parent: int) -> None:
     _worker.update(reports=reports, stop=stop, parent=parent)
 
 
-def _work(trial: Trial) -> dict[str, Any]:
-    return run_trial(trial, _Reporter(_worker["reports"].put), _should_stop)
+def _work(job: Job) -> dict[str, Any]:
+    return job(_Reporter(_worker["reports"].put))
+
+
+def _train(trial: Trial, progress: Progress) -> dict[str, Any]:
+    return run_trial(trial, progress, _should_stop)
 
 
 def _should_stop() -> bool:
-    return _worker["stop"].is_set() or os.getppid() != _worker["parent"]
+    """Whether who started this worker wants it to end; a process that is no worker hears of it by a signal."""
+    return bool(_worker) and (_worker["stop"].is_set() or os.getppid() != _worker["parent"])

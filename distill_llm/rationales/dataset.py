@@ -12,6 +12,7 @@ from distill_llm.core.errors import StorageError
 from distill_llm.core.example import TeacherAnswer
 from distill_llm.core.files import atomic
 from distill_llm.rationales.keep import Chain
+from distill_llm.rationales.members import Share, weights_of
 from distill_llm.rationales.parse import Parsed, parse
 from distill_llm.rationales.vote import vote
 
@@ -45,6 +46,7 @@ class RationaleRow:
     tokens_in: int
     tokens_out: int
     key: str
+    teacher: str = ""
 
 
 _FIELDS = tuple(field.name for field in fields(RationaleRow))
@@ -64,6 +66,7 @@ COLUMNS: Mapping[str, str] = {
     "cut": "the completion ran into `max_new_tokens`",
     "tokens_in": "tokens of the prompt, as the teacher counts them; 0 where unknown",
     "tokens_out": "tokens that the teacher wrote; 0 where unknown",
+    "teacher": "who of several teachers wrote the completion; empty where there is one",
     "key": "fingerprint of all that decided the completion; the journal knows it by this",
     "logprobs": "for each token written: token, logprob, and the likeliest tokens there (only where asked for)",
 }
@@ -97,13 +100,18 @@ def judge(requests: Sequence[Request], answers: Answers, task: Task) -> list[Jud
 
 
 def make_rows(
-    plain: Sequence[Judged], hinted: Sequence[Judged], task: Task, rules: Sequence[Keep]
+    plain: Sequence[Judged],
+    hinted: Sequence[Judged],
+    task: Task,
+    rules: Sequence[Keep],
+    say: Mapping[str, float] | None = None,
 ) -> list[RationaleRow]:
     """The rows of one example: votes, keeps. Pure: changing a rule asks no teacher.
 
-    Only plain completions vote. A hinted one must reach the label that it was told, whatever the rules.
+    Only plain completions vote. A hinted one must reach the label that it was told, whatever the rules. ``say``: what
+    each of several teachers has to say.
     """
-    label, agreement = _vote(plain, task)
+    label, agreement = _vote(plain, task, say)
     hint_agreement = _reached(hinted, task)
     outcomes: dict[str, str] = {}
     chains: list[tuple[Judged, Chain]] = []
@@ -129,9 +137,10 @@ def make_rows(
     ]
 
 
-def _vote(plain: Sequence[Judged], task: Task) -> tuple[str | None, float]:
-    completed = [judged.parsed for judged in plain if judged.completion is not None]
-    return vote(completed, task.same) if completed else (None, 0.0)
+def _vote(plain: Sequence[Judged], task: Task, say: Mapping[str, float] | None) -> tuple[str | None, float]:
+    completed = [judged for judged in plain if judged.completion is not None]
+    weights = weights_of(completed, say) if say is not None else ()
+    return vote([judged.parsed for judged in completed], task.same, weights) if completed else (None, 0.0)
 
 
 def _reached(hinted: Sequence[Judged], task: Task) -> float:
@@ -187,6 +196,7 @@ def _row(judged: Judged, label: str | None, agreement: float, outcome: str) -> R
         tokens_in=completion.tokens_in if completion else 0,
         tokens_out=completion.tokens_out if completion else 0,
         key=request.key,
+        teacher=request.teacher,
     )
 
 
@@ -208,6 +218,7 @@ class Funnel:
 
     ``agreed``: completions that state the gold label, or, where none is known, the voted one. ``right``: examples
     whose vote is the gold label, of ``known`` that have one; one without a readable completion counts as wrong.
+    ``teachers``: the part of each, where there are several.
     """
 
     examples: int = 0
@@ -225,6 +236,7 @@ class Funnel:
     tokens_in: int = 0
     tokens_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    teachers: dict[str, Share] = field(default_factory=dict)
 
     def count(self, rows: Sequence[RationaleRow], task: Task) -> None:
         """Adds the rows of one example."""
@@ -244,7 +256,9 @@ class Funnel:
             self.tokens_out += row.tokens_out
             if row.outcome != KEPT:
                 self.dropped[row.outcome] += 1
-        if rows[0].gold_label is not None and any(row.outcome != MISSING for row in rows):
+        for name, share in self.teachers.items():
+            share.count((row for row in rows if row.teacher == name), task)
+        if rows and rows[0].gold_label is not None and any(row.outcome != MISSING for row in rows):
             self.known += 1
             self.right += _same(rows[0].teacher_label, rows[0].gold_label, task)
 
@@ -254,7 +268,9 @@ class Funnel:
 
     def report(self) -> dict[str, Any]:
         counts = {field.name: getattr(self, field.name) for field in fields(Funnel)}  # asdict would count a Counter
-        return {**counts, "dropped": dict(sorted(self.dropped.items())), "accuracy": self.accuracy}
+        shares = {name: share.report() for name, share in counts.pop("teachers").items()}
+        counts |= {"dropped": dict(sorted(self.dropped.items())), "accuracy": self.accuracy}
+        return counts | ({"teachers": shares} if shares else {})
 
 
 def _same(label: str | None, wanted: str | None, task: Task) -> bool:

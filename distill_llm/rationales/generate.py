@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.files import fingerprint
+from distill_llm.rationales.ledger import account
 from distill_llm.rationales.parse import Parsed, parse
 from distill_llm.rationales.prompts import hinted
 from distill_llm.tasks.wording import bare_question
@@ -19,42 +22,94 @@ if TYPE_CHECKING:
     from distill_llm.rationales.ledger import Gate, Ledger
     from distill_llm.rationales.prompts import HintSpec, Prompter
     from distill_llm.rationales.spec import RationaleSpec
+    from distill_llm.rationales.voices import Voice
     from distill_llm.tasks.base import Task
 
 
-class Asker:
-    """Makes requests. A key changes with all that decides the completion, and with nothing else."""
+class Speaker:
+    """One voice with its teacher. A request's key changes with all that decides the completion, and nothing else.
 
-    def __init__(self, spec: RationaleSpec, prompter: Prompter, teacher: TextTeacher, task: Task, seed: int):
-        self.spec, self.teacher, self.task = spec, teacher, task
-        self._prompter = prompter
-        sampling = spec.sampling.model_dump(mode="json")
-        drawn = seed if spec.sampling.temperature > 0 else 0  # greedy text does not depend on the seed
-        self._same_for_all = fingerprint([teacher.identity, sampling, drawn, prompter.fingerprint])
+    ``dropped`` says why it is asked no more, if it is not.
+    """
+
+    def __init__(self, voice: Voice, prompter: Prompter, task: Task, seed: int, teacher: TextTeacher | None = None):
+        self.voice, self._prompter, self._task, self._seed = voice, prompter, task, seed
+        self.dropped = ""
+        self._opened = teacher
+        self._same_for_all = ""
+
+    @property
+    def teacher(self) -> TextTeacher:
+        """Opened when it is first needed. Raises ConfigError or TeacherError where it cannot be."""
+        if self._opened is None:
+            self._opened = self.voice.teacher.open(task=self._task, sampling=self.voice.sampling, seed=self._seed)
+        return self._opened
+
+    def know(self) -> str:
+        """What all of its keys hold; raises as ``teacher`` does."""
+        if not self._same_for_all:
+            sampling = self.voice.sampling.model_dump(mode="json")
+            drawn = self._seed if self.voice.sampling.temperature > 0 else 0  # greedy text does not depend on the seed
+            parts = [self.teacher.identity, sampling, drawn, self._prompter.fingerprint]
+            self._same_for_all = fingerprint(parts)
+        return self._same_for_all
+
+    def check(self) -> None:
+        """Raises ConfigError where the teacher cannot be had."""
+        self.voice.teacher.check(chat=self.voice.prompt.style == "chat", sampling=self.voice.sampling)
+
+    def rest(self) -> None:
+        """Lets go of its weights: the next teacher needs the room."""
+        self._opened = None
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def requests(self, example: Example, split: str, hint: str = "", samples: int = 0) -> list[Request]:
+        """One a sample; none of one that could not even be opened."""
+        if self.dropped and not self._same_for_all:
+            return []
+        own, prompt = self._prompter.question(example, hint), self._prompter.render(example, hint)
+        return [
+            Request(
+                fingerprint([self.know(), split, example.id, own, sample]),
+                example,
+                split,
+                sample,
+                prompt,
+                bool(hint),
+                self.voice.name,
+            )
+            for sample in range(samples or self.voice.samples)
+        ]
+
+
+class Asker:
+    """Makes requests, of all speakers that have something to say."""
+
+    def __init__(self, spec: RationaleSpec, speakers: Sequence[Speaker], task: Task):
+        self.spec, self.speakers, self.task = spec, tuple(speakers), task
+
+    def speakers_of(self, split: str) -> list[Speaker]:
+        """The test split only scores: one that repeats gold labels is not asked there."""
+        alone = len(self.speakers) == 1
+        return [speaker for speaker in self.speakers if alone or split != "test" or speaker.voice.votes]
 
     def requests(self, example: Example, split: str) -> list[Request]:
-        """The plain requests of one example, one a sample."""
-        return self._made(example, split, "", self.spec.samples)
+        """The plain requests of one example, one a sample, speaker after speaker."""
+        return [request for speaker in self.speakers_of(split) for request in speaker.requests(example, split)]
 
     def hinted(self, example: Example, split: str) -> list[Request]:
         """Those with the gold label in the prompt; none where it is not known, or hints are not asked for."""
         hints = self.spec.hint_retry
         if hints is None or example.label is None:
             return []
-        return self._made(example, split, _hint(hints, self.task, example), hints.samples)
-
-    def _made(self, example: Example, split: str, hint: str, samples: int) -> list[Request]:
-        own, prompt = self._prompter.question(example, hint), self._prompter.render(example, hint)
+        hint = _hint(hints, self.task, example)
         return [
-            Request(
-                fingerprint([self._same_for_all, split, example.id, own, sample]),
-                example,
-                split,
-                sample,
-                prompt,
-                bool(hint),
-            )
-            for sample in range(samples)
+            request
+            for speaker in self.speakers_of(split)
+            for request in speaker.requests(example, split, hint, hints.samples)
         ]
 
 
@@ -107,7 +162,8 @@ def ask(
     waiting: Callable[[], Iterator[Request]],
     turn: Round,
     *,
-    asker: Asker,
+    teacher: TextTeacher,
+    task: Task,
     journal: Journal,
     ledger: Ledger,
     gate: Gate,
@@ -122,18 +178,18 @@ def ask(
     def take(request: Request, result: Completion | Failure) -> None:
         if isinstance(result, Completion):  # first of all: from here on it cannot be lost
             journal.append(entry_of(request, result))
-            tally.count(parse(result.text, asker.task, request.example), request.example, asker.task)
+            tally.count(parse(result.text, task, request.example), request.example, task)
         else:
             turn.failures[request.key] = result.reason
         gate.settle(request, result)
-        ledger.add(request.split, result)
+        ledger.add(account(request.split, request.teacher), result)
         turn.done += 1
         progress.advance(turn.name, turn.done, turn.total, tally.note())
 
     progress.advance(turn.name, turn.done, turn.total)
     while turn.done < turn.total:
         before = turn.done
-        results = asker.teacher.complete(gate.admit(waiting()))
+        results = teacher.complete(gate.admit(waiting()))
         try:
             for request, result in results:
                 take(request, result)
@@ -168,6 +224,7 @@ def entry_of(request: Request, completion: Completion) -> Entry:
         "split": request.split,
         "example": request.example.id,
         "sample": request.sample,
+        **({"teacher": request.teacher} if request.teacher else {}),
         **({"hinted": True} if request.hinted else {}),
         "text": completion.text,
         "tokens_in": completion.tokens_in,

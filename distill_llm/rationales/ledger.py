@@ -12,6 +12,7 @@ from pydantic import Field
 
 from distill_llm.core.component import Component
 from distill_llm.core.files import read_json, write_json
+from distill_llm.core.prices import Prices
 
 if TYPE_CHECKING:
     from distill_llm.teachers.base import Completion, Failure, Request
@@ -19,21 +20,6 @@ if TYPE_CHECKING:
 _WRITE_SECONDS = 5.0
 _BYTES_A_TOKEN = 2  # fewer than in nearly any text, sums too: what is set aside for a request is rather too much
 _TOKENS_A_TURN = 16  # what a chat template puts around a message, and before the first
-
-
-class Prices(Component):
-    """What a hosted teacher costs, in one currency, for a million tokens."""
-
-    input_per_million: float = Field(default=0.0, ge=0)
-    output_per_million: float = Field(default=0.0, ge=0)
-    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
-
-    @property
-    def known(self) -> bool:
-        return self.input_per_million > 0 or self.output_per_million > 0
-
-    def cost(self, tokens_in: float, tokens_out: float) -> float:
-        return (tokens_in * self.input_per_million + tokens_out * self.output_per_million) / 1e6
 
 
 class Budget(Component):
@@ -88,105 +74,161 @@ class Spent:
         )
 
 
+def account(split: str, teacher: str) -> str:
+    """The name in ledgers of what a teacher costs on a split; that of one teacher alone is the split's."""
+    return f"{split}/{teacher}" if teacher else split
+
+
 class Ledger:
-    """One process's file of what was spent, by split; written every few seconds, and when a split is done."""
+    """One process's file of what was spent, by account; written every few seconds, and when a split is done."""
 
     def __init__(self, path: Path, journal: Mapping[str, Spent]):
-        """``journal``: what the completions in this process's journal came to, by split."""
+        """``journal``: what the completions in this process's journal came to, by account."""
         self._path = path
         found = read_json(path) if path.exists() else {}
-        self.splits = {split: Spent(**spent) for split, spent in found.items()}
-        for split, spent in journal.items():
-            self.splits[split] = self.splits.get(split, Spent()).with_journal(spent)
+        self.accounts = {name: Spent(**spent) for name, spent in found.items()}
+        for name, spent in journal.items():
+            self.accounts[name] = self.accounts.get(name, Spent()).with_journal(spent)
         self._since = self._written = time.monotonic()
-        if self.splits:
+        if self.accounts:
             self._save()
 
-    def start(self, split: str) -> None:
-        self.splits.setdefault(split, Spent())
+    def start(self, name: str) -> None:
+        self.accounts.setdefault(name, Spent())
         self._since = time.monotonic()
 
-    def add(self, split: str, result: Completion | Failure) -> None:
-        self.splits[split].add(result)
+    def add(self, name: str, result: Completion | Failure) -> None:
+        self.accounts[name].add(result)
         if time.monotonic() - self._written > _WRITE_SECONDS:
-            self.write(split)
+            self.write(name)
 
-    def write(self, split: str) -> None:
+    def write(self, name: str) -> None:
         now = time.monotonic()
-        self.splits[split].seconds = round(self.splits[split].seconds + now - self._since, 3)
+        self.accounts[name].seconds = round(self.accounts[name].seconds + now - self._since, 3)
         self._since = self._written = now
         self._save()
 
     def _save(self) -> None:
-        write_json(self._path, {name: asdict(spent) for name, spent in self.splits.items()})
+        write_json(self._path, {name: asdict(spent) for name, spent in self.accounts.items()})
 
 
 def read_ledgers(paths: Iterable[Path]) -> dict[str, Spent]:
-    """What all processes spent, by split. Side by side, the seconds are those of the longest."""
+    """What all processes spent, by account. Side by side, the seconds are those of the longest."""
     found: dict[str, list[Spent]] = {}
     for path in paths:
-        for split, spent in read_json(path).items():
-            found.setdefault(split, []).append(Spent(**spent))
-    totals = {split: sum_up(parts) for split, parts in found.items()}
-    for split, parts in found.items():
-        totals[split].seconds = max(part.seconds for part in parts)
+        for name, spent in read_json(path).items():
+            found.setdefault(name, []).append(Spent(**spent))
+    totals = {name: sum_up(parts) for name, parts in found.items()}
+    for name, parts in found.items():
+        totals[name].seconds = max(part.seconds for part in parts)
     return totals
 
 
-def ledger_report(splits: dict[str, Spent], prices: Prices) -> dict[str, Any]:
-    """The ledger as files, cards and tables show it: each split and the total, with rates and money."""
-    parts = {**splits, "total": sum_up(splits.values())}
-    return {
-        name: asdict(spent)
-        | {
+def cost_of(accounts: Mapping[str, Spent], prices: Prices, own: Mapping[str, Prices]) -> float:
+    """What all of it cost; ``own``: prices of those of several teachers that have their own."""
+    return sum(
+        own.get(name.partition("/")[2], prices).cost(spent.tokens_in, spent.tokens_out)
+        for name, spent in accounts.items()
+    )
+
+
+def ledger_report(
+    accounts: Mapping[str, Spent], prices: Prices, own: Mapping[str, Prices] | None = None
+) -> dict[str, Any]:
+    """The ledger as files, cards and tables show it: each split and the total, with rates and money; of several
+    teachers each of them too. ``own``: prices of those that have their own."""
+    own = own or {}
+    known = [one for one in (*own.values(), prices) if one.known]
+
+    def shown(parts: Mapping[str, Spent]) -> dict[str, Any]:
+        spent = sum_up(parts.values())
+        return asdict(spent) | {
             "tokens_per_second": spent.tokens_per_second,
-            "cost": round(prices.cost(spent.tokens_in, spent.tokens_out), 6) if prices.known else None,
-            "currency": prices.currency if prices.known else None,
+            "cost": round(cost_of(parts, prices, own), 6) if known else None,
+            "currency": known[0].currency if known else None,
         }
-        for name, spent in parts.items()
-    }
+
+    def those(place: int, name: str) -> dict[str, Spent]:
+        return {key: spent for key, spent in accounts.items() if key.partition("/")[place] == name}
+
+    splits, teachers = ({key.partition("/")[place]: None for key in accounts} for place in (0, 2))
+    named = {name: shown(those(2, name)) for name in teachers if name}
+    return (
+        {split: shown(those(0, split)) for split in splits}
+        | {"total": shown(accounts)}
+        | ({"teachers": named} if named else {})
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tariff:
+    """What a request to one of several teachers may come to."""
+
+    prices: Prices
+    max_new_tokens: int
 
 
 class Gate:
     """Lets requests through while the budget holds. What a request may cost at most is set aside until it is known.
 
-    ``spent`` is what all processes spent before; ``processes`` share what is left in equal parts.
+    ``spent`` is what all processes spent before, ``cost`` in money where ``prices`` does not tell; ``processes`` share
+    what is left in equal parts. ``tariffs``: of teachers that have their own.
     """
 
-    def __init__(self, budget: Budget, prices: Prices, spent: Spent, *, max_new_tokens: int, processes: int = 1):
-        self._prices, self._max_new_tokens = prices, max_new_tokens
-        tokens, cost = spent.tokens_in + spent.tokens_out, prices.cost(spent.tokens_in, spent.tokens_out)
-        before = {"max_requests": spent.requests, "max_tokens": tokens, "max_cost": cost}
-        limits = {name: getattr(budget, name) for name in before}
-        self._left = {n: max(0.0, limits[n] - before[n]) / processes for n in before if limits[n]}
-        self._limits = limits
-        self._now = Spent()
-        self._aside: dict[str, int] = {}
-        self._tokens_aside = 0
+    def __init__(
+        self,
+        budget: Budget,
+        prices: Prices,
+        spent: Spent,
+        *,
+        max_new_tokens: int,
+        processes: int = 1,
+        tariffs: Mapping[str, Tariff] | None = None,
+        cost: float | None = None,
+    ):
+        self._usual, self._tariffs = Tariff(prices, max_new_tokens), tariffs or {}
+        tokens = spent.tokens_in + spent.tokens_out
+        money = prices.cost(spent.tokens_in, spent.tokens_out) if cost is None else cost
+        before = {"max_requests": spent.requests, "max_tokens": tokens, "max_cost": money}
+        self._limits = {name: getattr(budget, name) for name in before}
+        self._left = {n: max(0.0, self._limits[n] - before[n]) / processes for n in before if self._limits[n]}
+        self._requests = 0
+        self._tokens: dict[str, tuple[int, int]] = {}
+        self._aside: dict[str, tuple[int, int]] = {}
         self.closed = ""
 
     def admit(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Ends before ``requests`` do where the next one might break the budget; ``closed`` then says which limit."""
         for request in requests:
-            self.closed = self._why_closed(request) if self._left else ""
+            most = (_most_tokens_in(request), self._tariff(request.teacher).max_new_tokens)
+            self.closed = self._why_closed(request.teacher, most) if self._left else ""
             if self.closed:
                 return
-            self._aside[request.key] = _most_tokens_in(request)
-            self._tokens_aside += self._aside[request.key]
+            self._aside[request.key] = most
+            self._count(request.teacher, 1, *most)
             yield request
 
     def settle(self, request: Request, result: Completion | Failure) -> None:
-        self._tokens_aside -= self._aside.pop(request.key)
-        self._now.add(result)
+        tokens_in, tokens_out = self._aside.pop(request.key)
+        spent = Spent()
+        spent.add(result)
+        self._count(request.teacher, spent.requests - 1, spent.tokens_in - tokens_in, spent.tokens_out - tokens_out)
 
-    def _why_closed(self, request: Request) -> str:
-        waiting = len(self._aside) + 1
-        tokens_in = self._now.tokens_in + self._tokens_aside + _most_tokens_in(request)
-        tokens_out = self._now.tokens_out + waiting * self._max_new_tokens
+    def _tariff(self, teacher: str) -> Tariff:
+        return self._tariffs.get(teacher, self._usual)
+
+    def _count(self, teacher: str, requests: int, tokens_in: int, tokens_out: int) -> None:
+        self._requests += requests
+        before = self._tokens.get(teacher, (0, 0))
+        self._tokens[teacher] = (before[0] + tokens_in, before[1] + tokens_out)
+
+    def _why_closed(self, teacher: str, most: tuple[int, int]) -> str:
+        mine = self._tokens.get(teacher, (0, 0))
+        tokens = self._tokens | {teacher: (mine[0] + most[0], mine[1] + most[1])}
         needed = {
-            "max_requests": self._now.requests + waiting,
-            "max_tokens": tokens_in + tokens_out,
-            "max_cost": self._prices.cost(tokens_in, tokens_out),
+            "max_requests": self._requests + 1,
+            "max_tokens": sum(map(sum, tokens.values())),
+            "max_cost": sum(self._tariff(name).prices.cost(*pair) for name, pair in tokens.items()),
         }
         short = [name for name, left in self._left.items() if needed[name] > left]
         return f"budget.{short[0]}: {self._limits[short[0]]:,}" if short else ""

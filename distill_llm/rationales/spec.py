@@ -8,10 +8,14 @@ from pydantic import Field, model_validator
 
 from distill_llm.core.component import Component, any_of
 from distill_llm.core.files import fingerprint
+from distill_llm.core.prices import Prices
 from distill_llm.rationales.keep import Keep, Parsable
-from distill_llm.rationales.ledger import Budget, Prices
-from distill_llm.rationales.prompts import HintSpec, PromptSpec
+from distill_llm.rationales.ledger import Budget
+from distill_llm.rationales.prompts import HintSpec
+from distill_llm.rationales.voices import Voice, refuse_samples_that_are_alike, voices_of
 from distill_llm.teachers.base import Sampling, TextTeacherSpec
+from distill_llm.teachers.prompt import PromptSpec
+from distill_llm.teachers.several import Several
 
 if TYPE_CHECKING:
     AnyTextTeacher: TypeAlias = TextTeacherSpec
@@ -43,26 +47,50 @@ class RationaleSpec(Component):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> RationaleSpec:
-        if self.samples > 1 and self.sampling.temperature == 0 and self.teacher.computes:
-            raise ValueError(
-                f"samples: {self.samples} with sampling.temperature: 0 would be {self.samples} times the same greedy "
-                "text. Set a temperature (0.7 is usual for voting), or samples: 1"
-            )
-        hints = self.hint_retry
-        if hints is not None and hints.samples > 1 and self.sampling.temperature == 0 and self.teacher.computes:
-            raise ValueError("hint_retry.samples above 1 needs a sampling.temperature above 0")
+        refuse_samples_that_are_alike(self.voices, self.hint_retry.samples if self.hint_retry is not None else 0)
         return self
 
     @model_validator(mode="after")
     def _cost_has_prices(self) -> RationaleSpec:
-        if self.budget.max_cost and not self.prices.known:
+        if self.budget.max_cost and not any(voice.prices.known for voice in self.voices):
             raise ValueError(
                 "budget.max_cost needs `prices` (input_per_million and output_per_million): nobody else knows them"
             )
+        currencies = sorted({voice.prices.currency for voice in self.voices if voice.prices.known})
+        if len(currencies) > 1:
+            raise ValueError(f"prices of teachers are in {currencies}, which cannot be added up. Give them in one")
         return self
+
+    @property
+    def voices(self) -> tuple[Voice, ...]:
+        """Who is asked."""
+        return voices_of(self)
+
+    @property
+    def knows_answers(self) -> bool:
+        """Nobody is asked who would not repeat gold labels."""
+        return all(voice.teacher.knows_answers for voice in self.voices)
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        return any(voice.sampling.top_logprobs > 0 for voice in self.voices)
+
+    @property
+    def weighs_by_accuracy(self) -> bool:
+        return isinstance(self.teacher, Several) and self.teacher.weigh_by == "accuracy"
+
+    @property
+    def drops_failing(self) -> bool:
+        return isinstance(self.teacher, Several) and self.teacher.drop_failing
+
+    @property
+    def manner(self) -> tuple[str, ...]:
+        """Keys of the recipe that say how a teacher is asked, not what it writes."""
+        own = (f"{voice.where}.{name}" for voice in self.voices for name in sorted(voice.teacher.manner))
+        prices = (f"rationales.teacher.of.{name}.prices" for name in self.teacher.members())
+        return (*(f"rationales.{name}" for name in MANNER), *own, *prices)
 
     @property
     def fingerprint(self) -> str:
         """Changes with all that decides the data set, and with nothing that only says how the teacher is asked."""
-        teacher = self.teacher.model_dump(mode="json", exclude=set(self.teacher.manner))
-        return fingerprint([teacher, self.model_dump(mode="json", exclude={"teacher", *MANNER})])
+        return fingerprint([self.teacher.content(), self.model_dump(mode="json", exclude={"teacher", *MANNER})])

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from distill_llm.rationales.parse import Parsed
+from fractions import Fraction
+from typing import Protocol
 
 
-def vote(answers: Sequence[Parsed], same: Callable[[str, str], bool]) -> tuple[str | None, float]:
-    """The majority label and its share of all completions, unparsable ones included. The earliest wins a tie."""
-    groups: list[tuple[str, int]] = []
-    for answer in answers:
-        if answer.label is None:
+class Answer(Protocol):
+    """What states a label, or None."""
+
+    @property
+    def label(self) -> str | None: ...
+
+
+def vote(
+    answers: Sequence[Answer], same: Callable[[str, str], bool], weights: Sequence[Fraction] = ()
+) -> tuple[str | None, float]:
+    """The majority label and its share of all completions, unparsable ones included. The earliest wins a tie.
+
+    ``weights``: what each completion's vote weighs, and so its share; empty: all alike.
+    """
+    each: Sequence[int | Fraction] = weights or [1] * len(answers)
+    groups: list[tuple[str, int | Fraction]] = []
+    for answer, weight in zip(answers, each, strict=True):
+        if answer.label is None or not weight:
             continue
         for index, (label, votes) in enumerate(groups):
             if same(label, answer.label):
-                groups[index] = (label, votes + 1)
+                groups[index] = (label, votes + weight)
                 break
         else:
-            groups.append((answer.label, 1))
-    if not groups:
+            groups.append((answer.label, weight))
+    total = sum(each)
+    if not groups or not total:
         return None, 0.0
     label, votes = max(groups, key=lambda group: group[1])
-    return label, votes / len(answers)
+    return label, float(votes / total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -50,26 +51,50 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError that names the YAML path, the value, what was expected and the nearest right key.
     """
+    return recipe_from(read_recipe(path), overrides, source=str(path))
+
+
+def recipe_from(data: Any, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """The recipe that a mapping (as read from YAML) describes."""
+    data = overridden(data, overrides, source=source)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {_explain(details, data)}" for details in _telling(error.errors(), data)]
+        raise ConfigError("\n".join([f"{source} is not a valid recipe:", *lines])) from None
+
+
+def overridden(data: Any, overrides: Sequence[str], *, source: str = "recipe") -> dict[str, Any]:
+    """A copy of a recipe's mapping with ``key=value`` overrides, unchecked."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected a mapping with the keys name, task, student, objective, train.")
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _apply(data, override)
+    return data
+
+
+def value_at(data: Any, path: str) -> Any:
+    """What stands at ``path``, written as in an override; None where nothing does."""
+    place = data
+    for key in path.split("."):
+        if isinstance(place, list):
+            named = [item for item in place if isinstance(item, dict) and item.get("name") == key]
+            place = named[0] if named else place[int(key)] if key.isdigit() and int(key) < len(place) else None
+        else:
+            place = place.get(key) if isinstance(place, dict) else None
+    return place
+
+
+def read_recipe(path: str | Path) -> Any:
+    """What stands in a recipe's file, unchecked."""
     found = find_file(str(path))
     if found is None or found.is_dir():
         raise ConfigError(
             f"{path}: there is no such recipe. Expected a YAML file, such as recipes/t5-base.yaml; "
             "`distill-llm recipe list` names those that came with the package."
         )
-    return recipe_from(parse_yaml(found.read_text(encoding="utf-8"), str(path)), overrides, source=str(path))
-
-
-def recipe_from(data: Any, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
-    """The recipe that a mapping (as read from YAML) describes."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}: expected a mapping with the keys name, task, student, objective, train.")
-    for override in overrides:
-        _apply(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [f"  {_explain(details, data)}" for details in _telling(error.errors(), data)]
-        raise ConfigError("\n".join([f"{source} is not a valid recipe:", *lines])) from None
+    return parse_yaml(found.read_text(encoding="utf-8"), str(path))
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -150,7 +175,11 @@ def _explain(details: Mapping[str, Any], data: Any) -> str:
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{where}: {_unknown_kind(details)}"
     if details["type"] == "value_error":
-        return message if message.startswith(("objective.", "objective:", "evaluate.")) else f"{where}: {message}."
+        return (
+            message
+            if message.startswith(("objective.", "objective:", "evaluate.", "scheme:"))
+            else f"{where}: {message}."
+        )
     return f"{where}: {message}; it is {value!r}."
 
 

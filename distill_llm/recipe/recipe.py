@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,7 +14,9 @@ from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
+from distill_llm.recipe.transfer import TransferSpec
 from distill_llm.schemes.base import Scheme
+from distill_llm.schemes.stages import Sections, Stage, check_stages, check_terms
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.tasks.base import Task
 from distill_llm.teachers.base import TensorTeacherSpec
@@ -38,6 +40,9 @@ class Recipe(Component):
     label_from: LabelSource = Field(
         default="gold", description="whose labels the student learns; gold_else_teacher: votes where the data has none"
     )
+    transfer: TransferSpec | None = Field(
+        default=None, description="classes that the student never sees examples of; absent: it sees all"
+    )
     student: StudentSpec
     teachers: dict[str, AnyTensorTeacher] = Field(default_factory=dict, description="teachers of soft labels, by name")
     scheme: AnyScheme = StepByStep()
@@ -48,6 +53,24 @@ class Recipe(Component):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name)).expanduser()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the scheme makes of the recipe; the student's training is the last."""
+        return self.scheme.stages(self._sections)
+
+    def resolved(self) -> Recipe:
+        """With all filled in that configs of models decide (``Scheme.resolved``)."""
+        scheme = self.scheme.resolved(self._sections)
+        return self if scheme == self.scheme else self.model_copy(update={"scheme": scheme})
+
+    @property
+    def _sections(self) -> Sections:
+        return Sections(self.student, self.teachers, self.objective, lambda name: str(model_folder(self.folder, name)))
+
+    @property
+    def training_seed(self) -> int:
+        return self.seed if self.train.seed == "recipe" else self.train.seed
 
     @field_validator("objective")
     @classmethod
@@ -78,22 +101,15 @@ class Recipe(Component):
     def _sections_agree(self) -> Recipe:
         asked = self.rationales
         for name, teacher in self.teachers.items():
+            view = teacher.own_view()
+            if view is not None and view.rationale and asked is None:
+                raise ValueError(f"teachers.{name}.view.rationale: the recipe has no `rationales` section to tell from")
             try:
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
                 raise ValueError(f"teachers.{name}: {error}") from None
-        for term in self.objective:
-            if term.teacher is not None and term.teacher not in self.teachers:
-                raise ValueError(
-                    f"objective.{term.name}.teacher: '{term.teacher}' is not one of {sorted(self.teachers)}. "
-                    "Add it under `teachers:`"
-                )
-            self._teacher_fits(term)
-            if self.rationales is None and set(term.targets) != {"label"}:
-                raise ValueError(
-                    f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
-                    "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
-                )
+        check_terms(self.objective, self.teachers, self.scheme.provides)
+        self._rationales_are_there(self.objective)
         if self.label_from != "gold" and self.rationales is None:
             raise ValueError(f"label_from: {self.label_from} needs a `rationales` section: its teacher gives labels")
         if self.label_from == "teacher" and self.rationales is not None and self.rationales.hint_retry is not None:
@@ -103,31 +119,41 @@ class Recipe(Component):
                 "gold_else_teacher"
             )
         self._pictures_are_read()
-        if all(term.until < 1 for term in self.objective):
-            raise ValueError("objective: every term ends (`until`) before the training does; let one go on to the end")
+        self._scheme_fits()
         self._ablations_exist()
         return self
 
-    def _teacher_fits(self, term: Term) -> None:
-        if term.teacher is None:
-            return
-        teacher = self.teachers[term.teacher]
-        unknown = [target for target in term.targets if target not in teacher.knows]
-        if unknown:
-            raise ValueError(
-                f"objective.{term.name}.targets: teacher '{term.teacher}' says nothing of {unknown}, but of "
-                f"{sorted(teacher.knows)} only. Take these out, or name another teacher"
-            )
+    def _scheme_fits(self) -> None:
         try:
-            teacher.check_loss(term.loss)
+            taken = sorted(self.scheme.provides & set(self.teachers))
+            if taken:
+                raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
+            stages = self.stages
+            check_stages(stages, self._sections)
+            self.scheme.check_terms(self.objective, self.teachers)
+            self._rationales_are_there(term for stage in stages for term in stage.terms)
         except ValueError as error:
-            raise ValueError(f"objective.{term.name}.loss: {error}") from None
+            raise ValueError(f"scheme: {error}") from None
+        self.scheme.check_recipe(self)
+
+    def _rationales_are_there(self, terms: Iterable[Term]) -> None:
+        for term in terms:
+            if self.rationales is None and set(term.targets) != {"label"}:
+                raise ValueError(
+                    f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
+                    "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
+                )
 
     def _pictures_are_read(self) -> None:
         """What students that see pictures cannot do, and what teachers that are made of the student cannot."""
         picture = self.student.picture
         for name, teacher in self.teachers.items():
             view = teacher.own_view()
+            if view is not None and view.picture is not None and self.scheme.writes:
+                raise ValueError(
+                    f"teachers.{name}.view.picture: where the student writes (scheme), a teacher reads that behind the "
+                    "text that it read before, which a picture is not. Remove `picture`, or take kind: step_by_step"
+                )
             if view is None or not teacher.moves:
                 continue
             if (view.picture is None) != (picture is None):
@@ -135,6 +161,11 @@ class Recipe(Component):
                 raise ValueError(f"teachers.{name}.view: it is the student, which reads {reads}: {do} the view")
         if picture is None:
             return
+        if self.scheme.writes or len(self.scheme.learners) > 1:
+            raise ValueError(
+                "student.picture: schemes in which the student writes (on_policy) or several learn at once (mutual, "
+                "self_distill) are for students that read text. Take kind: step_by_step, or remove `picture`"
+            )
         if self.train.packing == "always":
             raise ValueError(
                 "train.packing: always: pictures are all of one size, and go through side by side. Set packing: auto"
@@ -148,6 +179,8 @@ class Recipe(Component):
 
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
+        stages = (stage.name for stage in self.stages)
+        taken = (*stages, *self.scheme.learners, "labels_same_steps", "labels_same_compute", "teacher")
         for ablation, kept in self.evaluate.ablations.items():
             unknown = set(kept) - names
             if unknown or not kept:
@@ -160,8 +193,18 @@ class Recipe(Component):
                     f"evaluate.ablations.{ablation}: every term of {list(kept)} ends (`until`) before the training "
                     "does; add one that goes on to the end"
                 )
-            if ablation in ("student", "labels_same_steps", "labels_same_compute", "teacher"):
+            if ablation in taken:
                 raise ValueError(f"evaluate.ablations.{ablation}: this name is taken; choose another")
+            try:
+                terms = [term for term in self.objective if term.name in kept]
+                self.scheme.alone().check_terms(terms, self.teachers)
+            except ValueError as error:
+                raise ValueError(f"evaluate.ablations.{ablation}: {error}") from None
+
+
+def model_folder(run: Path, name: str) -> Path:
+    """Where the finished model of an arm lies in a run's folder."""
+    return run / "models" / name / "model"
 
 
 def _refuse_circles(teachers: Mapping[str, TensorTeacherSpec], way: tuple[str, ...]) -> None:

@@ -44,6 +44,11 @@ class TrainSpec(Component):
         "of about one length. Decoder-only: all rows in one, without padding (auto: where the attention gains by it). "
         "never: padded to the longest. The loss is the same but for rounding",
     )
+    seed: Literal["recipe"] | Annotated[int, Field(ge=0)] = Field(
+        default="recipe",
+        description="of the initial weights, the order of the rows and the dropout; recipe: the recipe's own `seed`, "
+        "which draws the data's splits and the teacher's texts too",
+    )
     optimizer: Optimizer = "adamw"
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)
@@ -85,6 +90,14 @@ class EvaluateSpec(Component):
     """What is measured on the test split, and against what."""
 
     target: Target = Field(default="label", description="which target the student is asked for")
+    by: Literal["generation", "likelihood"] = Field(
+        default="generation",
+        description="likelihood: of an example's choices the one whose text the student holds likeliest",
+    )
+    label_bias: dict[str, Literal["fit"] | Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description="nats added to the log-likelihood of a label; fit: chosen on validation, never on test",
+    )
     batch_rows: int = Field(default=128, gt=0)
     max_new_tokens: int = Field(default=0, ge=0, description="0: train.max_target_tokens")
     controls: tuple[Control, ...] = Field(
@@ -95,3 +108,11 @@ class EvaluateSpec(Component):
     )
     teacher: bool = Field(default=True, description="ask the rationales' teacher for the test split too, and score it")
     resamples: int = Field(default=10_000, ge=100, description="of the bootstrap")
+
+    @model_validator(mode="after")
+    def _likelihood_of_labels(self) -> EvaluateSpec:
+        if self.by == "likelihood" and self.target != "label":
+            raise ValueError(f"by: likelihood scores labels, but target is {self.target}. Set target: label")
+        if self.label_bias and self.by != "likelihood":
+            raise ValueError("label_bias is added to likelihoods of labels: set by: likelihood, or remove it")
+        return self

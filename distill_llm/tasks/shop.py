@@ -15,29 +15,9 @@ from pydantic import Field, model_validator
 
 from distill_llm.core.example import Example
 from distill_llm.tasks.base import SplitName, Task
+from distill_llm.tasks.products import MOST_PRODUCTS, hidden_prices
 
 _NAMES = ("ann", "bob", "carl", "dora", "emil", "fay", "gus", "hana")
-_FIRST = (
-    "red",
-    "blue",
-    "old",
-    "new",
-    "big",
-    "tiny",
-    "soft",
-    "warm",
-    "thin",
-    "fresh",
-    "plain",
-    "fine",
-    "rare",
-    "dark",
-    "light",
-)
-_SECOND = (
-    "hat", "cup", "pen", "bag", "tea", "jam", "rug", "fan", "map", "pot",
-    "toy", "key", "bell", "lamp", "soap", "rope", "drum", "cake", "coat", "desk",
-)  # fmt: skip
 
 
 class Shop(Task):
@@ -47,7 +27,7 @@ class Shop(Task):
     title: ClassVar[str] = "generated: who pays more, with hidden prices"
     licence: ClassVar[str] = "Apache-2.0 (generated)"
 
-    products: int = Field(default=300, ge=4, le=len(_FIRST) * len(_SECOND))
+    products: int = Field(default=300, ge=4, le=MOST_PRODUCTS)
     highest_price: int = Field(default=20, ge=2, le=400)
     train_size: int = Field(default=4000, gt=0)
     validation_size: int = Field(default=500, gt=0)
@@ -63,7 +43,7 @@ class Shop(Task):
         return self
 
     def read(self) -> Mapping[SplitName, Sequence[Example]]:
-        prices = self._prices()
+        prices = hidden_prices(self.products, self.highest_price, self.task_seed)
         held_out = list(islice(self._draw("held out", prices, set()), self.validation_size + self.test_size))
         taken = {example.input for example in held_out}
         train = list(islice(self._draw(f"train {self.train_stream}", prices, taken), self.train_size))
@@ -74,12 +54,6 @@ class Shop(Task):
             "validation": held_out[: self.validation_size],
             "test": held_out[self.validation_size :],
         }
-
-    def _prices(self) -> dict[str, int]:
-        chance = random.Random(f"shop prices {self.task_seed}")
-        names = [f"{first}{second}" for first in _FIRST for second in _SECOND]
-        chance.shuffle(names)
-        return {name: chance.randint(1, self.highest_price) for name in names[: self.products]}
 
     def _draw(self, stream: str, prices: Mapping[str, int], taken: set[str]) -> Iterator[Example]:
         """Different questions whose two sums differ, none of them in ``taken``."""

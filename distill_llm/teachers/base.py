@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, r
 from pydantic import Field
 
 from distill_llm.core.component import Component
-from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import TARGETS, Target
 from distill_llm.core.features import LOGITS, Reading, Shape, Side
 from distill_llm.losses.layers import FeatureLoss
-from distill_llm.models.vision import head_words, is_vision, picture_shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from distill_llm.core.sparse import SparseSignals
     from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
+    from distill_llm.teachers.several import Member
+    from distill_llm.teachers.student import StudentFacts
     from distill_llm.teachers.view import Reader, TeacherView
 
 
@@ -54,7 +54,8 @@ Prompt: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to be had; ``sample`` counts from 0. ``hinted``: the prompt tells the gold label.
+    """One completion to be had; ``sample`` counts from 0. ``hinted``: the prompt tells the gold label. ``teacher``:
+    which of several is asked.
 
     ``key`` holds all that decides the text, the seed of sampling included: a teacher that draws, draws by it.
     """
@@ -65,6 +66,7 @@ class Request:
     sample: int
     prompt: Prompt
     hinted: bool = False
+    teacher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,14 @@ class TextTeacherSpec(Component):
     """Log-probabilities that come with its completions are of ids of its tokenizer, and not of texts."""
 
     licence: str = Field(default="", description="of what it writes, for cards; empty: that of the model where known")
+
+    def members(self) -> Mapping[str, Member]:
+        """Teachers that write in its place, by name; none for one that writes itself."""
+        return {}
+
+    def content(self) -> dict[str, Any]:
+        """All of the section that decides what it writes."""
+        return self.model_dump(mode="json", exclude=set(self.manner))
 
     def check(self, *, chat: bool, sampling: Sampling) -> None:
         """Raises ConfigError where it cannot be had, or cannot do what is asked. Loads no weights, costs nothing.
@@ -197,6 +207,13 @@ class DeepTeacher(LazyTeacher, Protocol):
 
 
 @runtime_checkable
+class StoredTeacher(TensorTeacher, Protocol):
+    """One that finds rows on disk, by their keys: batches for it have the column ``keys``."""
+
+    shards: Any
+
+
+@runtime_checkable
 class MovingTeacher(TensorTeacher, Protocol):
     """One that changes while the student learns; every checkpoint has its state."""
 
@@ -229,8 +246,19 @@ class TensorTeacherSpec(Component):
     knows: ClassVar[frozenset[Target]] = frozenset(TARGETS)
     """Targets of which it can say something."""
 
+    instead_of_mixing: ClassVar[str] = ""
+    """What to do where it does not give logits, and an ensemble names it."""
+
     def check(self) -> None:
         """Raises ConfigError where it cannot be had. Loads no weights; called before anything is written."""
+
+    def may_lack(self, name: str) -> bool:
+        """Whether it goes on without this one of those that it is made of."""
+        return False
+
+    def without(self, names: Collection[str]) -> TensorTeacherSpec:
+        """The same, made of the others alone."""
+        return self
 
     def members(self) -> tuple[str, ...]:
         """Names of the recipe's other teachers that are opened with it, and that it is made of."""
@@ -316,72 +344,10 @@ class TensorTeacherSpec(Component):
 
 
 def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[str]:
-    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice."""
-    return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]
+    """Teacher ``name`` and all that it is made of; one that stands in it twice is named twice.
 
-
-@dataclass(frozen=True, slots=True)
-class StudentFacts:
-    """What a tensor teacher must agree with. ``model`` is the student itself, for a teacher that is made of it.
-
-    ``picture``: channels, height and width of what the student reads; None where it reads text.
+    Of one that a scheme provides there is the name alone.
     """
-
-    vocabulary: dict[str, int]
-    is_encoder_decoder: bool
-    device: str
-    model: Any = None
-    picture: tuple[int, int, int] | None = None
-
-    @property
-    def width(self) -> int:
-        """Words that a loss compares: entries of a head beyond the tokenizer's mean nothing, and differ by model."""
-        return max(self.vocabulary.values()) + 1
-
-    def must_share(self, vocabulary: dict[str, int], config: Any, where: str, *, own_columns: bool = False) -> None:
-        """Raises ConfigError where token ids differ: losses would compare other words. And, unless the teacher reads
-        ``own_columns``, where families do, or what they read: the student's columns would mean nothing to it."""
-        if not own_columns:
-            self._must_read_alike(config, where)
-        if config.is_encoder_decoder != self.is_encoder_decoder and not own_columns:
-            names = {True: "an encoder-decoder", False: "decoder-only"}
-            raise ConfigError(
-                f"{where}: the teacher is {names[config.is_encoder_decoder]}, the student is "
-                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; give the teacher "
-                '`view: {template: "{input}"}` if its tokenizer is the student\'s; `own_tokenizer: true` and the term '
-                "the loss universal_logit if it is not; or teach by rationales (text)."
-            )
-        if vocabulary != self.vocabulary:
-            different = [word for word, index in self.vocabulary.items() if vocabulary.get(word) != index]
-            raise ConfigError(
-                f"{where}: teacher and student have different vocabularies ({len(vocabulary)} and "
-                f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
-                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or the teacher "
-                "`own_tokenizer: true` and the term the loss universal_logit, or teach by text."
-            )
-        check_head(config, self.width, where=where)
-
-    def _must_read_alike(self, config: Any, where: str) -> None:
-        if is_vision(config) != (self.picture is not None):
-            raise ConfigError(reads_otherwise(where, teacher_sees=is_vision(config)))
-        if self.picture is not None and self.picture != picture_shape(config):
-            raise ConfigError(
-                f"{where}: it reads pictures of {picture_shape(config)} (channels, height, width), and the student "
-                f"those of {self.picture}. Give it pictures of its own (`view: {{picture: ...}}`), or make them alike."
-            )
-
-
-def reads_otherwise(where: str, *, teacher_sees: bool) -> str:
-    """What is wrong with a teacher of the other modality that reads the student's columns."""
-    what, other = ("pictures", "text") if teacher_sees else ("text", "pictures")
-    view = '{template: "{input}", picture: {width: ..., height: ...}}' if teacher_sees else '{template: "{input}"}'
-    return f"{where}: the teacher reads {what}, the student {other}. Give the teacher a view of its own: view: {view}"
-
-
-def check_head(config: Any, width: int, *, where: str) -> None:
-    """Raises ConfigError where a teacher's head is too small for the ``width`` words of its tokenizer."""
-    if head_words(config) < width:
-        raise ConfigError(
-            f"{where}: the teacher's head has {head_words(config)} entries, its tokenizer {width}: some words "
-            "have no logit. Choose a tokenizer that belongs to the model."
-        )
+    if name not in teachers:
+        return [name]
+    return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from distill_llm.cache.last_hidden import LastHidden
-from distill_llm.cache.payload import Payload
+from distill_llm.cache.payload import Kept, Payload
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.component import any_of
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.schedule import Schedule
 from distill_llm.core.signals import Batch, LazySignals, Signals, aligned_labels, signals_of, tokens_of
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from distill_llm.cache.shards import Array, Shards
@@ -38,31 +39,31 @@ class CachedWords:
     """Some words of each token, of rows that are found by their keys."""
 
     def __init__(self, shards: Shards, payload: Payload, *, width: int, temperatures: tuple[float, ...]):
-        self._shards, self._payload = shards, payload
+        self.shards, self._payload = shards, payload
         self._width, self._temperatures = width, temperatures
 
     def signals(self, batch: Batch) -> SparseSignals:
-        columns, about = _found(self._shards, batch)
-        return self._payload.decode(columns, about, width=self._width, temperatures=self._temperatures)
+        columns, about = _found(self.shards, batch)
+        return self._payload.decode(Kept(columns, about, self._width, self._temperatures))
 
 
 class CachedHidden:
     """The last hidden state of each token; ``head`` makes its logits."""
 
     def __init__(self, shards: Shards, payload: LastHidden, head: StoredHead):
-        self._shards, self._payload, self._head = shards, payload, head
+        self.shards, self._payload, self._head = shards, payload, head
 
     def signals(self, batch: Batch) -> Signals:
         import torch
 
-        columns, about = _found(self._shards, batch)
+        columns, about = _found(self.shards, batch)
         hidden = self._payload.hidden_of(columns).to(about.token_ids.device)
         with torch.no_grad():
             return replace(about, logits=self._head(hidden))
 
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The same, without logits yet."""
-        columns, about = _found(self._shards, batch)
+        columns, about = _found(self.shards, batch)
         hidden = self._payload.hidden_of(columns).to(about.token_ids.device)
         by_target = about.targets.argsort(stable=True)  # the order of lazy tokens
         return LazySignals(
@@ -96,6 +97,7 @@ class Cached(TensorTeacherSpec):
 
     manner: ClassVar[frozenset[str]] = frozenset({"folder", "shard_megabytes"})
     asked_once: ClassVar[bool] = True
+    instead_of_mixing: ClassVar[str] = "Let the cache be of the ensemble, or keep `payload: {kind: last_hidden}`"
     kind: Literal["cached"] = "cached"
     has_layers: ClassVar[bool] = False
     of: str = Field(min_length=1, description="name of another teacher of the recipe")

@@ -11,8 +11,9 @@ from pydantic import PrivateAttr
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Target
-from distill_llm.teachers.base import Sampling, StudentFacts, TensorTeacher, TensorTeacherSpec, TextTeacherSpec
+from distill_llm.teachers.base import Sampling, TensorTeacher, TensorTeacherSpec, TextTeacherSpec
 from distill_llm.teachers.cached import CachedWords
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from distill_llm.losses.base import TermLoss
@@ -31,6 +32,7 @@ class Captured(TensorTeacherSpec):
     kind: Literal["captured"] = "captured"
     has_layers: ClassVar[bool] = False
     asked_once: ClassVar[bool] = True
+    instead_of_mixing: ClassVar[str] = "Give it a term of its own beside the ensemble's, or name a frozen teacher"
     knows: ClassVar[frozenset[Target]] = frozenset({"rationale", "rationale_then_label"})
     _folder: str = PrivateAttr(default="")
 
@@ -43,6 +45,11 @@ class Captured(TensorTeacherSpec):
             raise ValueError(
                 "it repeats log-probabilities that came with rationales, but the recipe has no `rationales` section. "
                 "Add one with sampling.top_logprobs above 0"
+            )
+        if teacher.members():
+            raise ValueError(
+                "rationales.teacher is several teachers, and what one of them held likely is nothing to compare with "
+                "what the others wrote. Name a frozen teacher for each in place of it"
             )
         if not teacher.tells_ids:
             kind = type(teacher).model_fields["kind"].default

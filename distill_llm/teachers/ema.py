@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.teachers.view import Reader, TeacherView
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Ema(TensorTeacherSpec):
 
     moves: ClassVar[bool] = True
     kind: Literal["ema"] = "ema"
-    decay: float = Field(default=0.999, gt=0, lt=1, description="what is kept of the average at each step")
+    decay: float = Field(
+        default=0.999, ge=0, lt=1, description="what is kept of the average at each step; 0: the student as it is"
+    )
     view: TeacherView | None = Field(default=None, description="absent: it reads what the student reads")
 
     def own_view(self) -> TeacherView | None:

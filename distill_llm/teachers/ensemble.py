@@ -5,7 +5,7 @@ N supervised tokens, M of them, V vocabulary, D hidden size (of all members toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from distill_llm.core.signals import Batch, LazySignals, Signals
-from distill_llm.teachers.base import LazyTeacher, StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import LazyTeacher, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -60,7 +61,7 @@ class EnsembleTeacher:
 def mixed(
     logits: Sequence[Float[Tensor, "N V"]], *, weights: Sequence[float], mean: Mean, by: By
 ) -> Float[Tensor, "N V"]:
-    """The log-probabilities (float32) of a weighted mean of K models.
+    """The log-probabilities (float32) of a weighted mean of K models; the logits of one alone, to the bit.
 
     ``mean``: the arithmetic mean of their probabilities, log sum_k w_k p_k; or the geometric one, sum_k w_k log p_k
     and normalized, which is the mean of their logits. Hinton et al. 2015, arXiv:1503.02531, sec. 1, names both; the
@@ -70,6 +71,8 @@ def mixed(
     """
     import torch
 
+    if len(logits) == 1:
+        return logits[0].float()
     each = [one.float().log_softmax(-1) for one in logits]
     shares = torch.tensor(weights, device=each[0].device).log().expand(len(each[0]), len(each))
     if by == "confidence":
@@ -132,6 +135,9 @@ class Ensemble(TensorTeacherSpec):
     )
     mean: Mean = Field(default="probabilities", description="logits: the geometric mean of the probabilities")
     by: By = Field(default="fixed", description="confidence: times exp(-entropy) of the member, token by token")
+    drop_failing: bool = Field(
+        default=False, description="go on with the others where one of `of` cannot be had; a warning says so"
+    )
 
     @field_validator("of")
     @classmethod
@@ -152,13 +158,22 @@ class Ensemble(TensorTeacherSpec):
     def members(self) -> tuple[str, ...]:
         return self.of
 
+    def may_lack(self, name: str) -> bool:
+        return self.drop_failing and name in self.of
+
+    def without(self, names: Collection[str]) -> TensorTeacherSpec:
+        """Those that are left keep their weights, which are shares of what is there."""
+        left = [place for place, name in enumerate(self.of) if name not in names]
+        weights = tuple(self.weights[place] for place in left) if self.weights else ()
+        return self.model_copy(update={"of": tuple(self.of[place] for place in left), "weights": weights})
+
     def check_others(self, others: Mapping[str, TensorTeacherSpec]) -> None:
         super().check_others(others)
         for name in self.of:
             if not others[name].gives_logits:
                 raise ValueError(
-                    f"{name} keeps some words of each token only, and cannot be mixed with others. Let the cache be "
-                    "of the ensemble, or keep `payload: {kind: last_hidden}`"
+                    f"{name} keeps some words of each token only, and cannot be mixed with others. "
+                    f"{others[name].instead_of_mixing}"
                 )
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.models.vision import is_vision, read_painter
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec, check_head
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.student import StudentFacts, check_head
 from distill_llm.teachers.view import AS_THE_STUDENT, Reader, TeacherView
 
 
@@ -81,13 +82,18 @@ class Frozen(TensorTeacherSpec):
         return is_vision(read_config(self.model, self.revision, where=self._where))
 
     def check(self) -> None:
-        from distill_llm.models.load import check_bits, choose_device, read_config
+        from distill_llm.models.load import check_bits, check_weights, choose_device, read_config
 
         choose_device(self.device, where=f"{self._where}.device")
         read_config(self.model, self.revision, where=self._where)
+        check_weights(self.model, where=self._where)
         check_bits(self.model, self.load_in, where=self._where)
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
+        return FrozenTeacher(*self.load(student))
+
+    def load(self, student: StudentFacts) -> tuple[Any, int]:
+        """The model, and how many words it speaks of. Raises ConfigError where these are not the student's."""
         from distill_llm.models.load import choose_device, load_on, read_config, read_tokenizer
 
         where = self._where
@@ -101,7 +107,7 @@ class Frozen(TensorTeacherSpec):
             student.must_share(vocabulary, config, where=where, own_columns=self.view is not None)
         device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
         model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
-        return FrozenTeacher(model, width)
+        return model, width
 
     def identity(self, others: Mapping[str, TensorTeacherSpec]) -> dict[str, Any]:
         from distill_llm.models.load import weights_of

@@ -18,10 +18,11 @@ PLACES = re.compile(r"\{(prompt|input)\}")
 
 
 class TeacherView(Component):
-    """A prompt of the teacher's own: exemplars before the question, the gold label in it, other words around it.
+    """A prompt of the teacher's own: exemplars before the question, the answer in it, other words around it.
 
     Privileged context: the teacher is right because it sees more, and the student learns to do without. With `ema` it
-    is the student itself, shown more (SDFT, 2026, arXiv:2601.19897; there on texts of the student's, here on rows).
+    is the student itself, shown more; with `scheme: {kind: on_policy}` too, on texts that the student writes, that is
+    SDFT (2026, arXiv:2601.19897).
     """
 
     template: str = Field(
@@ -31,8 +32,12 @@ class TeacherView(Component):
     exemplars: str = Field(default="", description="a YAML file, or a name in data/exemplars; empty: none")
     num_exemplars: int = Field(default=0, ge=0, description="the first so many; 0 takes all")
     gold_label: bool = Field(default=False, description="tell the gold label, as `hint` words it")
+    rationale: bool = Field(
+        default=False, description="tell the rationale that the row is about, as `hint` words it, before the gold label"
+    )
     hint: str = Field(
-        default="{question}\n(Hint: {answer})", description="{question}, and {answer}: the sentence with its label"
+        default="{question}\n(Hint: {answer})",
+        description="{question}, and {answer}: the rationale, the sentence with the gold label, or both",
     )
     style: Literal["text", "chat"] = Field(default="text", description="chat: turns, for an instruct model")
     system: str = Field(default="", description="the system message of a chat")

@@ -89,44 +89,65 @@ def make_arguments(
 
     ``micro_batches``: those of one rank in a step, where they are not cut by rows. ``bfloat16``: by autocast.
     """
+    values = argument_values(
+        spec,
+        folder,
+        max_steps=max_steps,
+        seed=seed,
+        validates=validates,
+        micro_batches=micro_batches,
+        bfloat16=bfloat16,
+    )
+    return DistillArguments(**values, chunk_tokens=spec.chunk_tokens, diagnostics=spec.diagnostics)
+
+
+def argument_values(
+    spec: TrainSpec,
+    folder: Path,
+    *,
+    max_steps: int,
+    seed: int,
+    validates: bool,
+    micro_batches: int,
+    bfloat16: bool,
+) -> dict[str, Any]:
+    """Those that every Trainer of transformers takes."""
     part = spec.rows_per_step // world_size()
     micro_batches = micro_batches or part // rows_per_batch(spec)
     every = spec.validate_every or max(1, max_steps // 10)
-    return DistillArguments(
-        output_dir=str(folder),
-        max_steps=max_steps,
-        per_device_train_batch_size=part // micro_batches,  # for the record: the sampler knows the rows of each
-        gradient_accumulation_steps=micro_batches,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=spec.warmup_steps,
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
-        chunk_tokens=spec.chunk_tokens,
-        diagnostics=spec.diagnostics,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        bf16=bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        eval_strategy="steps" if validates else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=spec.keep_checkpoints + 1,
-        load_best_model_at_end=validates,
-        metric_for_best_model="eval_accuracy" if validates else None,
-        greater_is_better=True if validates else None,
-        restore_callback_states_from_checkpoint=True,  # or a resume would forget how long patience was tried
-        logging_steps=max(1, min(50, every)),
-        logging_nan_inf_filter=False,  # it would hide a NaN loss
-        report_to=[name for name in spec.report_to if name != "tensorboard"] or "none",  # train.py adds that one
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        log_level="error",
-        log_level_replica="error",
-    )
+    return {
+        "output_dir": str(folder),
+        "max_steps": max_steps,
+        "per_device_train_batch_size": part // micro_batches,  # for the record: the sampler knows the rows of each
+        "gradient_accumulation_steps": micro_batches,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.schedule,
+        "warmup_steps": spec.warmup_steps,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "bf16": bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "steps" if validates else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": spec.keep_checkpoints + 1,
+        "load_best_model_at_end": validates,
+        "metric_for_best_model": "eval_accuracy" if validates else None,
+        "greater_is_better": True if validates else None,
+        "restore_callback_states_from_checkpoint": True,  # or a resume would forget how long patience was tried
+        "logging_steps": max(1, min(50, every)),
+        "logging_nan_inf_filter": False,  # it would hide a NaN loss
+        "report_to": [name for name in spec.report_to if name != "tensorboard"] or "none",  # train.py adds that one
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "log_level": "error",
+        "log_level_replica": "error",
+    }
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distill_llm.core.signals import Signals
+from distill_llm.core.signals import IGNORE_INDEX, OWN, Batch, Signals, aligned_labels
 from distill_llm.core.sparse import SparseSignals
 from distill_llm.objective import Taught, Term, Watch
 
@@ -24,6 +24,7 @@ class Diagnostics:
     def __init__(self) -> None:
         self._tokens: dict[str, Tensor] = {}
         self._step: _Step | None = None
+        self._own: Tensor | None = None
 
     def begin(self, terms: Sequence[Term], counts: Tensor, *, closely: bool) -> Watch | None:
         """A step begins, with ``counts`` [K] tokens in all processes. Gives what is to watch it, if anything is."""
@@ -31,6 +32,11 @@ class Diagnostics:
             self._tokens[term.name] = self._tokens.get(term.name, torch.zeros_like(count)) + count
         self._step = _Step(terms, counts.device) if closely else None
         return self._step.watch if self._step is not None else None
+
+    def look_at_own(self, batches: Sequence[Batch]) -> None:
+        """Counts rows, those whose text is the student's own, and the tokens of these. In all processes, or none."""
+        found = torch.stack([_own(batch) for batch in batches]).sum(0)
+        self._own = found if self._own is None else self._own + found
 
     def values(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What there is to log, which is forgotten then; ``add_up`` sums over processes."""
@@ -40,7 +46,12 @@ class Diagnostics:
         logs = {f"tokens_{name}": count for name, count in zip(self._tokens, counts, strict=True)}
         if self._step is not None:
             logs |= self._step.values(add_up)
-        self._tokens, self._step = {}, None
+        if self._own is not None:
+            rows, own, tokens = add_up(self._own).tolist()
+            logs["student_written"] = own / rows
+            if own:
+                logs["student_written_tokens"] = tokens / own
+        self._tokens, self._step, self._own = {}, None, None
         return logs
 
 
@@ -80,6 +91,12 @@ class _Step:
             if sum(norms) > 0:
                 logs[f"gradient_share_{term.name}"] = norm / sum(norms)
         return logs
+
+
+def _own(batch: Batch) -> Tensor:
+    own = batch["targets"] >= OWN
+    tokens = (aligned_labels(batch) != IGNORE_INDEX).sum(1)
+    return torch.stack([own.new_tensor(len(own), dtype=torch.long), own.sum(), (tokens * own).sum()])
 
 
 def _of_known(student: Signals, teacher: Taught) -> tuple[Signals, Taught]:

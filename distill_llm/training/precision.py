@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from distill_llm.models.peers import members_of
 from distill_llm.recipe.train import Precision
 
 MIN_PARAMETERS = 500_000
@@ -38,7 +39,7 @@ def choose_precision(asked: Precision, model: nn.Module) -> Computes:
     instructions = _bfloat16_instructions()
     if not instructions:
         return Computes(False, "this CPU has no instructions for bfloat16")
-    size = sum(weight.numel() for weight in model.parameters())
+    size = max(sum(weight.numel() for weight in one.parameters()) for one in members_of(model))
     if size < MIN_PARAMETERS:
         return Computes(False, f"{size:,} parameters are too few to gain by {instructions}")
     return Computes(True, f"this CPU has {instructions}")

@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill_llm.core.errors import Interrupted, StorageError
@@ -20,10 +19,12 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.models.load import LoadedModel
 from distill_llm.models.packing import check_packing, gains_by_packing
+from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.recipe.train import Packing, TrainSpec
 from distill_llm.schemes.base import Scheme
-from distill_llm.teachers.base import TensorTeacher
+from distill_llm.schemes.stages import STUDENT
+from distill_llm.teachers.base import StoredTeacher, TensorTeacher
 from distill_llm.teachers.viewed import ViewedTeacher
 from distill_llm.training.arguments import make_arguments, make_optimizer, make_sampler
 from distill_llm.training.callbacks import Clock, ProgressBar, StopCleanly
@@ -34,13 +35,16 @@ from distill_llm.training.trainer import DistillTrainer, Validate
 @dataclass(frozen=True, slots=True)
 class Trained:
     """What one training came to. ``validation_accuracy`` is the best checkpoint's, at ``best_step``; None where nothing
-    was validated, and the last step is kept."""
+    was validated, and the last step is kept. ``learner`` became the student; ``others`` learned beside it, and what is
+    said of each is its validation accuracy at the same step."""
 
     steps: int
     best_step: int
     tokens: int
     seconds: float
     validation_accuracy: float | None
+    learner: str
+    others: Mapping[str, float | None]
 
 
 def make_trainer(
@@ -83,7 +87,7 @@ def make_trainer(
         validate=validate,
         processing_class=student.tokenizer,
         optimizers=(make_optimizer(student.model, spec), None),
-        callbacks=[*_early_stopping(spec, validate), *_tensorboard(spec, folder)],
+        callbacks=callbacks_for(spec, validate, folder),
     )
 
 
@@ -95,7 +99,8 @@ def fit(
     name: str = "student",
     stop_when: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``.
+    """Trains from the last whole checkpoint on, and saves the best model to ``folder/model``; those of others that
+    learned beside it to ``folder/others``.
 
     Raises Interrupted after a signal, or when ``stop_when`` says so, with a checkpoint on disk.
     """
@@ -110,20 +115,30 @@ def fit(
         raise Interrupted(f"stopped at step {state.global_step} of {max_steps}; a checkpoint is saved.")
     seconds = clock.seconds
     with storage(folder):
-        trainer.save_model(str(folder / "model"))
+        learner, others = _save(trainer, folder)
     return Trained(
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
         tokens=trainer.step_sampler.tokens_until(state.global_step),
         seconds=round(seconds, 3),
         validation_accuracy=state.best_metric,
+        learner=learner,
+        others=others,
     )
 
 
+def _save(trainer: Trainer, folder: Path) -> tuple[str, Mapping[str, float | None]]:
+    """The name of the learner that becomes the student, and the validation accuracy of each of the others."""
+    if isinstance(trainer, DistillTrainer):
+        return trainer.save_learners(folder)
+    trainer.save_model(str(folder / "model"))
+    return STUDENT, {}
+
+
 def collator_for(
-    student: LoadedModel, teachers: Mapping[str, TensorTeacher] = MappingProxyType({}), packing: Packing = "auto"
+    student: LoadedModel, teachers: Mapping[str, TensorTeacher] | None = None, packing: Packing = "auto"
 ) -> Collator:
-    """``teachers``: all that are open, members of others included.
+    """``teachers``: all that are open, members of others included; None: batches are to suit any.
 
     Raises ConfigError where the recipe wants packing that the student does not know.
     """
@@ -134,18 +149,28 @@ def collator_for(
             teacher.reader.decoder_start_token_id,
             painter=teacher.reader.painter,
         )
-        for name, teacher in teachers.items()
+        for name, teacher in (teachers or {}).items()
         if isinstance(teacher, ViewedTeacher)
     }
+    keyed = teachers is None or any(isinstance(teacher, StoredTeacher) for teacher in teachers.values())
     if student.painter is not None:
-        return Collator(pad, student.model.config.decoder_start_token_id, views=views, painter=student.painter)
+        begin = student.model.config.decoder_start_token_id
+        return Collator(pad, begin, keyed=keyed, views=views, painter=student.painter)
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
-        return Collator(pad, student.model.config.decoder_start_token_id, part_tokens=part_tokens, views=views)
-    packs = packing == "always" or (packing == "auto" and gains_by_packing(student.model))
+        begin = student.model.config.decoder_start_token_id
+        return Collator(pad, begin, part_tokens=part_tokens, keyed=keyed, views=views)
+    models = members_of(student.model)
+    packs = packing == "always" or (packing == "auto" and all(map(gains_by_packing, models)))
     if packs:
-        check_packing(student.model)
-    return Collator(pad, None, packs=packs, views=views)
+        for model in models:
+            check_packing(model)
+    return Collator(pad, None, packs=packs, keyed=keyed, views=views)
+
+
+def callbacks_for(spec: TrainSpec, validate: Validate | None, folder: Path) -> list[TrainerCallback]:
+    """What the recipe asks of a training in ``folder`` besides its steps."""
+    return [*_early_stopping(spec, validate), *_tensorboard(spec, folder)]
 
 
 def _early_stopping(spec: TrainSpec, validate: Validate | None) -> list[TrainerCallback]:

@@ -48,11 +48,13 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "max_rationale_tokens": {"tokens": 2},
     "openai_compatible": {"model": "m"},
     "replay": {"files": {"train": "texts.json"}},
+    "several": {"of": {"one": {"teacher": {"kind": "gold"}}}},
     "transformers": {"model": "a/b"},
     "vllm": {"model": "a/b"},
     "frozen": {"model": "a/b"},
     "ensemble": {"of": ["a", "b"]},
     "cached": {"of": "a"},
+    "assistant_chain": {"teacher": "a"},
 }
 every_component = pytest.mark.parametrize(("base", "kind", "cls"), COMPONENTS, ids=str)
 every_loss = pytest.mark.parametrize("cls", LOSSES.values(), ids=LOSSES.keys())
@@ -188,6 +190,7 @@ ANSWERS: dict[str, list[tuple[Example, str]]] = {
     "anli": [(NLI, label) for label in NLI.choices],
     "esnli": [(NLI, label) for label in NLI.choices],
     "cqa": [(CITY, label) for label in CITY.choices],
+    "bill": [(Example("1", "how dear ?", "how dear ?", choices=("low", "fair")), label) for label in ("low", "fair")],
     "gsm8k": [(Example("1", "How many?", "How many?"), label) for label in ("72", "1234.5", "-3", "0", "1000000")],
     "jsonl": [(Example("1", "What?", "What?"), "red car"), *((CITY, label) for label in CITY.choices)],
     "shop": [(Example("1", "who ?", "who ?", choices=("ann", "bob")), label) for label in ("ann", "bob")],

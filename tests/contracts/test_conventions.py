@@ -29,13 +29,19 @@ HEAVY = {
     "torch",
     "transformers",
 }
+# Light packages that a folder of plug-ins, which recipes load, must not wait for either.
+HEAVY_IN = {f"{PACKAGE}/cache/": {"numpy"}}
 # The others import these inside functions only, so they may be heavy.
 HEAVY_FOLDERS = (
     f"{PACKAGE}/training/",
     f"{PACKAGE}/evaluation/metrics/",
     f"{PACKAGE}/core/word_sums.py",
+    f"{PACKAGE}/models/cheap_dropout.py",
+    f"{PACKAGE}/models/cpu_training.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
+    f"{PACKAGE}/models/peers.py",
+    f"{PACKAGE}/models/exits.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 
@@ -116,6 +122,7 @@ def heavy_imports(source: Source) -> Iterator[tuple[int, str]]:
     """A heavy package imported when the module is: `--help` and recipe checks would wait for it."""
     if source.path.startswith(HEAVY_FOLDERS):
         return
+    heavy = HEAVY.union(*(names for folder, names in HEAVY_IN.items() if source.path.startswith(folder)))
     for node in _runs_on_import(source.tree.body):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -123,7 +130,7 @@ def heavy_imports(source: Source) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
         for name in names:
-            if name.split(".")[0] in HEAVY:
+            if name.split(".")[0] in heavy:
                 yield node.lineno, f"import {name} inside the function that needs it, or under `if TYPE_CHECKING`"
 
 
@@ -206,6 +213,7 @@ BREAKS = [
     ("heavy import", "a.py", "class A:\n    import pyarrow\n", 2),
     ("heavy import", "a.py", "if TYPE_CHECKING:\n    import json\nelse:\n    import torch\n", 4),
     ("heavy import", "training_notes/a.py", "import datasets\n", 1),
+    ("heavy import", "cache/a.py", "import numpy as np\n", 1),
     ("bare except", "a.py", "try:\n    pass\nexcept:\n    pass\n", 3),
     ("module docstring", "a.py", "a = 1\n", 1),
     ("private name", "a.py", "from distill_llm.core.files import _rename\n", 1),
@@ -226,6 +234,8 @@ KEEPS = [
     ("heavy import", "a.py", "if TYPE_CHECKING:\n    from torch import Tensor\n"),
     ("heavy import", "a.py", "from distill_llm.data import datasets\nfrom .torch import a\n"),
     ("heavy import", "training/a.py", "import torch\n"),
+    ("heavy import", "evaluation/a.py", "import numpy as np\n"),
+    ("heavy import", "cache/a.py", "def pack():\n    import numpy as np\n"),
     ("heavy import", "evaluation/metrics/a.py", "import evaluate\n"),
     ("bare except", "a.py", "try:\n    pass\nexcept OSError:\n    pass\n"),
     ("module docstring", "__init__.py", ""),

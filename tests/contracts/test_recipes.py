@@ -15,7 +15,7 @@ from distill_llm.recipe.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in PATHS]
-COMMAND = re.compile(r"distill-llm (?:run|train|generate-rationales) (\S+\.yaml)")
+COMMAND = re.compile(r"distill-llm (?:run|train|generate-rationales|sweep) (\S+\.yaml)")
 
 every_recipe = pytest.mark.parametrize("name", NAMES)
 

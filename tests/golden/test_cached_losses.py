@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill_llm.cache.payload import Kept, Said
 from distill_llm.cache.sampled import Sampled
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.component import kinds
@@ -39,8 +40,8 @@ def _signals(logits: torch.Tensor) -> Signals:
 def _kept(teacher: torch.Tensor, payload: Any, temperatures: tuple[float, ...], key: int = 5) -> Any:
     """What a cache of ``payload`` gives back for these logits."""
     noise = payload.noise([key], [len(teacher)], len(temperatures))
-    columns = payload.encode(teacher, lambda logits: logits, temperatures, noise)
-    return payload.decode(columns, _signals(teacher[:, :0]), width=teacher.size(-1), temperatures=temperatures)
+    columns = payload.encode(Said(teacher, lambda logits: logits, temperatures, noise))
+    return payload.decode(Kept(columns, _signals(teacher[:, :0]), teacher.size(-1), temperatures))
 
 
 def _exact(teacher: torch.Tensor, k: int, temperature: float) -> TopSignals:
@@ -229,9 +230,9 @@ def test_a_sure_teacher_draws_its_word_and_nothing_that_is_ruled_out() -> None:
 def test_a_token_of_152k_words_is_small(payload: Any, most: int) -> None:
     width = 151_936
     teacher = torch.randn(8, width)
-    columns = payload.encode(teacher, lambda logits: logits, (1.0,), payload.noise([1], [8], 1))
+    columns = payload.encode(Said(teacher, lambda logits: logits, (1.0,), payload.noise([1], [8], 1)))
     assert sum(column.nbytes for column in columns.values()) / 8 <= most
-    kept = payload.decode(columns, _signals(teacher[:, :0]), width=width, temperatures=(1.0,))
+    kept = payload.decode(Kept(columns, _signals(teacher[:, :0]), width, (1.0,)))
     assert torch.equal(kept.likeliest(), teacher.argmax(-1))
     if isinstance(kept, TopSignals):
         assert torch.equal(kept.word_ids, teacher.topk(32).indices)

@@ -180,6 +180,9 @@ def test_attention_map_is_the_divergence_of_each_head_or_of_their_means(heads: i
         ("uniform", 3, 12, [(1, 4), (2, 8), (3, 12)]),
         ("uniform", 2, 2, [(1, 1), (2, 2)]),
         ("uniform", 4, 2, [(1, 1), (2, 1), (3, 2), (4, 2)]),
+        ("lower_half", 4, 12, [(1, 3), (2, 6)]),
+        ("lower_half", 5, 5, [(1, 1), (2, 2)]),
+        ("lower_half", 1, 3, [(1, 3)]),
         ([[0, 0], [1, 5]], 2, 6, [(0, 0), (1, 5)]),
     ],
 )

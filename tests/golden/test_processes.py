@@ -34,6 +34,11 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+WRITES = {
+    "scheme": {"kind": "on_policy", "student_fraction": 0.5, "draw": "row", "temperature": 0.0, "max_new_tokens": 6}
+}
+"""The student writes half of the labels."""
+
 
 def _recipe(family: str, folder: Path, teacher: Path) -> dict[str, Any]:
     dropout = {"dropout_rate": 0.0} if family == "t5" else {}
@@ -97,9 +102,13 @@ def _distill_llm(arguments: Sequence[str], *, logs: Path, processes: int = 1) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("t5", {}), ("llama", {}), ("t5", WRITES), ("llama", WRITES)],
+    ids=["t5", "llama", "t5-on_policy", "llama-on_policy"],
+)
 def test_two_processes_train_what_one_process_trains(
-    family: str, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, scheme: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Same weights, same rows, same validation accuracy. ``accelerate launch --cpu`` would start one process silently;
     here each process leaves a log, and one that trained alone would see half of each step's rows."""
@@ -114,7 +123,7 @@ def test_two_processes_train_what_one_process_trains(
     for processes in (1, 2):
         folder = tmp_path / f"run-{processes}"
         recipe = tmp_path / f"recipe-{processes}.yaml"
-        recipe.write_text(yaml.safe_dump(_recipe(family, folder, tmp_path / "teacher")))
+        recipe.write_text(yaml.safe_dump(_recipe(family, folder, tmp_path / "teacher") | scheme))
         if processes == 1:
             _distill_llm(["generate-rationales", str(recipe)], logs=tmp_path)
             shutil.copytree(first, tmp_path / "run-2")

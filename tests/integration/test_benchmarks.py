@@ -57,6 +57,17 @@ def test_the_trainer_against_the_papers_way(capsys: pytest.CaptureFixture[str]) 
         assert float(largest) < 1e-4
 
 
+def test_parts_of_each_size_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = importlib.import_module("parts")
+    few = ["--tokens", "100", "400", "--rounds", "1", "--steps", "2", "--warmup", "1"]
+    words = [*SHOP, "train.rows_per_step=16", "train.rows_per_batch=16"]
+    monkeypatch.setattr(sys, "argv", ["parts.py", *words, *few])
+    parts.main()
+    rows = _rows(capsys.readouterr().out, "tokens of a part")
+    assert set(rows) == {"100", "400"}
+    assert all(float(seconds) > 0 for seconds, *_ in rows.values())
+
+
 def test_data_that_is_not_there_is_a_reason_to_skip(capsys: pytest.CaptureFixture[str]) -> None:
     training = importlib.import_module("training")
     with pytest.raises(SystemExit, match="skipped: /nowhere/cqa is not there"):

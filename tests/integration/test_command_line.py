@@ -38,6 +38,7 @@ main()
         ["recipe", "schema"],
         ["recipe", "check", NAMES[0]],
         ["recipe", "show", NAMES[0]],
+        ["sweep", NAMES[0], "train.max_input_tokens=[8, 9]", "--dry-run"],
         ["run", "no-such.yaml"],
     ],
     ids=" ".join,
@@ -68,7 +69,7 @@ def test_module_is_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_names_every_command(word: str, cli: Any) -> None:
     said = cli(word).stdout
-    for command in ("quickstart", "generate-rationales", "train", "evaluate", "run", "tasks", "recipe"):
+    for command in ("quickstart", "generate-rationales", "train", "evaluate", "run", "sweep", "tasks", "recipe"):
         assert f" {command} " in said
 
 

@@ -71,6 +71,35 @@ def test_text_teaches_sight_and_sight_teaches_text(
     assert len(lines(back / "predictions" / "student.jsonl")) == 24
 
 
+def test_a_chain_of_models_that_see(
+    cli: Any, shop: str, tmp_path: Path, save_tiny: Any, tiny_vision: Any, lines: Any
+) -> None:
+    """Each stage reads its pictures as the folder of the model above says; answers are chosen by likelihood."""
+    save_tiny("t5", text=WORDS)
+    eye = tiny_vision(text=WORDS, n_positions=40)
+    for one in (eye.model, eye.tokenizer, eye.painter):
+        (one.save_pretrained if one is not eye.painter else one.save)(str(tmp_path / "eye"))
+    larger = vision_sizes(n_positions=40, n_embd=24)
+    chain = f"{{kind: assistant_chain, teacher: eye, assistants: [{{name: middle, config: {json.dumps(larger)}}}]}}"
+    cli(
+        "run",
+        shop,
+        *SEES,
+        f"student.picture={json.dumps(eye.painter.spec.model_dump())}",
+        "student.tokenizer=eye",
+        "teachers={eye: {kind: frozen, model: eye}}",
+        OBJECTIVE.replace("TEACHER", "eye"),
+        f"scheme={chain}",
+        "evaluate.controls=[]",
+        "evaluate.by=likelihood",
+    )
+    run = tmp_path / "runs" / "tiny"
+    for name in ("middle", "student", "teachers/eye"):
+        assert len(lines(run / "predictions" / f"{name}.jsonl")) == 24
+    assert (run / "models" / "middle" / "model" / "preprocessor_config.json").is_file()
+    assert load_scorecard(run).avalanche is not None
+
+
 def test_two_processes_train_what_one_trains(cli: Any, shop: str, tmp_path: Path, save_tiny: Any) -> None:
     """Weights of which no logit comes would keep them waiting for each other."""
     save_tiny("t5", text=WORDS)

@@ -40,7 +40,9 @@ def test_teacher_accuracy_is_the_published_one(name: str, monkeypatch: pytest.Mo
         counts = Funnel()
         requests = {example.id: asker.requests(example, split) for example in by_origin[split]}
         asked = (request for of_example in requests.values() for request in of_example)
-        there = {r.key: result for r, result in asker.teacher.complete(asked) if isinstance(result, Completion)}
+        there = {
+            r.key: result for r, result in asker.speakers[0].teacher.complete(asked) if isinstance(result, Completion)
+        }
         for of_example in requests.values():
             plain = judge(of_example, there.get, recipe.task)
             counts.count(make_rows(plain, [], recipe.task, spec.keep), recipe.task)

@@ -51,6 +51,30 @@ def test_adapters_on_a_decoder_only_model_that_reasons(
     assert not any(torch.isnan(weight).any() for weight in adapter.values())
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'distill-llm[quantize]'")
+def test_adapters_on_a_base_of_4_bits_with_a_soft_label(cli: Any, shop: str, tmp_path: Path, save_tiny: Any) -> None:
+    """QLoRA: validated on the way, beside a teacher of 4 bits, and scored as one model of its full size."""
+    from safetensors.torch import load_file
+
+    base = save_tiny("llama", text=SHOP_WORDS)
+    asked = [
+        "run",
+        shop,
+        f"student={{model: {base}, load_in: 4bit, lora: {{rank: 2, alpha: 4, rank_stabilized: true}}}}",
+        f"teachers.big={{kind: frozen, model: {base}, load_in: 4bit}}",
+        "objective.rationale={name: soft, loss: {kind: forward_kl}, targets: [label], teacher: big}",
+        "train.validate_every=2",
+        "evaluate.controls=[]",
+    ]
+    cli(*asked)
+    run = tmp_path / "runs" / "tiny"
+    model = run / "models" / "student" / "model"
+    assert json.loads((model / "base_quantization.json").read_text())["bnb_4bit_quant_type"] == "nf4"
+    (entry,) = load_scorecard(run).entries
+    whole = load_file(tmp_path / base / "model.safetensors")
+    assert entry.parameters == sum(weight.numel() for weight in whole.values())
+
+
 def test_tuned_decoder_only_student(cli: Any, shop: str, tmp_path: Path) -> None:
     """A rate that can learn nothing loses on validation, for the student and for its control."""
     llama = "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill_llm.cache.captured import SMALLEST_REST, captured_columns
+from distill_llm.cache.payload import Kept
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.signals import Signals
 from distill_llm.core.sparse import TopSignals
@@ -25,7 +26,7 @@ def _signals(places: list[int], words: Any = WORDS, probs: Any = PROBS) -> TopSi
         columns = captured_columns(words, np.log(probs), places, width=WIDTH)
     none = torch.zeros(len(places), dtype=torch.long)
     about = Signals(torch.zeros(len(places), 0), none, none)
-    found = TopK(k=words.shape[1]).decode(columns, about, width=WIDTH, temperatures=(1.0,))
+    found = TopK(k=words.shape[1]).decode(Kept(columns, about, WIDTH))
     assert isinstance(found, TopSignals)
     return found
 

@@ -46,6 +46,17 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert [other.name for other in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    shared, link = tmp_path / "shared" / "file.txt", tmp_path / "own" / "file.txt"
+    write_text(shared, "old")
+    link.parent.mkdir()
+    link.symlink_to("../shared/file.txt")
+    write_text(link, "new")
+    assert shared.read_text() == link.read_text() == "new"
+    assert link.is_symlink()
+    assert [[other.name for other in path.parent.iterdir()] for path in (shared, link)] == [["file.txt"]] * 2
+
+
 def test_a_reader_never_sees_a_draft(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     with atomic(path) as draft:

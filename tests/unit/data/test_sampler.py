@@ -8,7 +8,7 @@ from itertools import combinations, islice, pairwise
 import pytest
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.data.rows import Row
+from distill_llm.data.rows import Row, RowView
 from distill_llm.data.sampler import StepSampler
 
 ROWS = [
@@ -195,3 +195,17 @@ def test_a_shared_input_counts_once_in_the_limit_of_tokens(limit: int, ranks: in
     assert steps == [sorted(step[0]) for step in _steps()]
     if limit == 60:
         assert sampler.micro_batches < _by_tokens(limit, ranks=ranks)[0].micro_batches
+
+
+def test_a_teachers_view_keeps_to_the_limit_of_tokens_too() -> None:
+    """Its prompt may be far longer than the student's input: of 40 tokens a row, 3 fit into 120."""
+    view = RowView([1] * 35, [1] * 5, range(5))
+    rows = [Row(n, "label", [1] * 4, [1] * 2, views={"big": view} if n % 2 else {}) for n in range(24)]
+    options = {"rows_per_step": 24, "rows_per_batch": 24, "max_steps": 2, "seed": 1, "tokens_per_batch": 120}
+    batches = list(StepSampler(rows, **options))
+    assert max(sum(40 for index in batch if rows[index].views) for batch in batches) == 120
+    assert sorted(index for batch in batches[: len(batches) // 2] for index in batch) == list(range(24))
+    plain = list(StepSampler([Row(n, "label", [1] * 4, [1] * 2) for n in range(24)], **options))
+    assert len(plain) < len(batches), "the student's own tokens would have gone into fewer"
+    with pytest.raises(ConfigError, match=r"a row has 40 tokens as teachers\.big reads it .*more than 39"):
+        StepSampler(rows, **(options | {"tokens_per_batch": 39}))

@@ -17,6 +17,7 @@ from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.losses.cross_entropy import CrossEntropy
 from distill_llm.losses.forward_kl import ForwardKL
+from distill_llm.models.attention import set_attention
 from distill_llm.models.forward import forward
 from distill_llm.models.head import OutputHead
 from distill_llm.models.load import LoadedModel
@@ -115,7 +116,7 @@ def test_encoder_states_come_back_by_rows(tiny_t5: Callable[..., LoadedModel]) -
     for one, other in zip(plain.outputs.decoder_hidden_states, parted.outputs.decoder_hidden_states, strict=True):
         torch.testing.assert_close(parted.at(other, rows, columns), plain.at(one, rows, columns))
     assert forward(model, Collator(0, 0, 12)(ROWS)).outputs.encoder_last_hidden_state is None
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     maps = forward(model, Collator(0, 0, 12)(ROWS), Reading(attention=frozenset({"self"})))
     assert maps.outputs.decoder_attentions[0].shape[0] == len(ROWS)
     assert maps.shape == (6, 6)

@@ -217,8 +217,8 @@ def test_the_end_of_sequence_ends_the_writing(tiny_t5: Callable[..., LoadedModel
     model = tiny_t5(seed=4)
     pays = model.tokenizer("ann pays")["input_ids"]
     read = _generator(model, max_new_tokens=5)._read
-    assert read([*pays, 1, 0, 0], 5) == Written("ann pays", 5, 2, ids=tuple(pays))
-    assert read([1, 0], 5) == Written("", 5, 0)
+    assert read([*pays, 1, 0, 0], 5) == Written("ann pays", 5, 2, ids=tuple(pays), end=1)
+    assert read([1, 0], 5) == Written("", 5, 0, end=1)
     assert read(pays, 5) == Written("ann pays", 5, 2, ids=tuple(pays))
     assert read([*pays, *pays, pays[0]], 5).cut
     assert not read([*pays, *pays, 1], 5).cut
@@ -341,6 +341,60 @@ def test_continuous_batches_write_the_same_texts(tiny_llama: Callable[..., Loade
     found = dict(generator.write_continuously(enumerate(ids)))
     assert [found[number] for number in range(12)] == generator.write_ids(ids)
     assert model.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("names_flash", [True, False])
+def test_float32_keeps_its_attention_in_continuous_batches(
+    names_flash: bool, tiny_llama: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention knows half precision only; older versions of transformers have no setting against it."""
+    import transformers
+
+    import distill_llm.models.continuous as continuous
+
+    class Config:
+        def __init__(self, **room: Any):
+            if names_flash:
+                self.auto_switch_to_flash = True
+
+    asked: list[Any] = []
+    model = tiny_llama().model
+
+    def begin(generation_config: Any, continuous_batching_config: Any) -> None:
+        flash = getattr(continuous_batching_config, "auto_switch_to_flash", None)
+        asked.append((flash, model.config._attn_implementation))
+
+    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", Config)
+    monkeypatch.setattr(model, "init_continuous_batching", begin)
+    monkeypatch.setattr(
+        model, "set_attn_implementation", lambda name: setattr(model.config, "_attn_implementation", name)
+    )
+    continuous._manager(model, [1], 0, 4)
+    assert asked == ([(False, "sdpa")] if names_flash else [(None, "paged|sdpa")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_gpu_writes_what_a_cpu_writes(family: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """Greedy, drawn, and in continuous batches (decoder-only); drawn texts are those of their keys."""
+    model = _spread(request.getfixturevalue(f"tiny_{family}")(seed=4), 2.0)
+    ids = _ids(model, PROMPTS * 3)
+    expected = _generator(model, max_new_tokens=12).write_ids(ids)
+    drawn = _generator(model, max_new_tokens=12, temperature=1.0).write_ids(ids, KEYS)
+    model.model.to("cuda", dtype)
+    generator = _generator(model, max_new_tokens=12)
+    found = generator.write_ids(ids)
+    again = _generator(model, max_new_tokens=12, temperature=1.0).write_ids(ids, KEYS)
+    if dtype == torch.float32:
+        assert [one.ids for one in found] == [one.ids for one in expected]
+        assert [one.ids for one in again] == [one.ids for one in drawn]
+    if family == "llama":
+        continuous = dict(generator.write_continuously(enumerate(ids)))
+        written = [continuous[number] for number in range(len(ids))]
+        same = sum(one == other for one, other in zip(written, found, strict=True))
+        assert same >= (len(ids) if dtype == torch.float32 else len(ids) // 2), "words that tie may swap in bfloat16"
 
 
 def test_the_models_mode_is_given_back_and_dropout_is_off(tiny_t5: Callable[..., LoadedModel]) -> None:

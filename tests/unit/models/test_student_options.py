@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.signals import model_inputs
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
+from distill_llm.models.attention import set_attention
 from distill_llm.models.generate import Generator
 from distill_llm.models.load import build_student, check_student
 from distill_llm.models.spec import StudentSpec
@@ -80,6 +81,55 @@ def test_attention_is_as_the_recipe_says(tiny_llama: Callable[..., LoadedModel])
     spec = StudentSpec.model_validate(asked | {"attention": "flash_attention_3"})
     with pytest.raises(ConfigError, match=r"student\.attention: LlamaForCausalLM cannot have 'flash_attention_3' here"):
         build_student(spec, tokenizer)
+
+
+def test_the_stacks_of_a_model_get_its_attention(
+    tiny_t5: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where transformers sets that of the model's own config alone, of which a T5's stacks have copies."""
+    from transformers import PreTrainedModel
+
+    def alone(part: Any, name: str) -> None:
+        part.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", alone)
+    model = tiny_t5().model
+    before = model.config._attn_implementation
+    name = "eager" if before != "eager" else "sdpa"
+    set_attention(model, name)
+    assert [part.config._attn_implementation for part in (model, model.encoder, model.decoder)] == [name] * 3
+
+
+def test_flex_attention_computes_in_what_autocast_says(
+    tiny_llama: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated queries and keys are float32 there, values are not: the kernel gets all three in one precision."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def attend(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return value.repeat_interleave(query.size(1) // value.size(1), 1).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", attend)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    asked = {"config": {"model_type": "llama", **sizes}, "tokenizer": {"kind": "words"}, "attention": "flex_attention"}
+    model = build_student(StudentSpec.model_validate(asked), tiny_llama().tokenizer).model
+    build_student(StudentSpec.model_validate(asked), tiny_llama().tokenizer)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False)
+    assert seen == [(torch.bfloat16,) * 3, (torch.float32,) * 3], "each once, however many students were built"
+
+
+def test_flex_attention_with_dropout_is_refused(tiny_llama: Callable[..., LoadedModel]) -> None:
+    """Before the first step, where transformers would stop."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", **sizes, "attention_dropout": 0.1}
+    asked = {"config": config, "tokenizer": {"kind": "words"}, "attention": "flex_attention"}
+    with pytest.raises(ConfigError, match=r"student\.attention: flex_attention knows no dropout.* 0\.1"):
+        build_student(StudentSpec.model_validate(asked), tiny_llama().tokenizer)
 
 
 def test_a_decoder_only_student_has_one_side() -> None:

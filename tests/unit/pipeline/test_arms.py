@@ -10,7 +10,7 @@ import pytest
 from distill_llm.core.errors import ConfigError
 from distill_llm.data.rows import Row, RowView
 from distill_llm.losses.cross_entropy import CrossEntropy
-from distill_llm.pipeline.arms import Arm, choose, needed_targets, plan_arms
+from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 
@@ -47,7 +47,7 @@ def _recipe(*overrides: str) -> Recipe:
 
 def _arms(recipe: Recipe, student: int = 1000, **teachers: int) -> dict[str, Arm]:
     sizes = teachers or {"big": 9000, "huge": 70_000}
-    return {arm.name: arm for arm in plan_arms(recipe, ROWS, student_parameters=student, teacher_parameters=sizes)}
+    return {arm.name: arm for arm in plan_arms(recipe, ROWS, Sizes({"student": student}, sizes))}
 
 
 def test_same_compute_without_a_teacher_counts_tokens() -> None:
@@ -89,7 +89,7 @@ def test_a_teacher_with_a_view_of_its_own_is_paid_for_what_it_reads() -> None:
     asked = "objective.soft_label={name: soft, loss: {kind: forward_kl}, targets: [label], teacher: both}"
     for recipe, forward in ((_recipe(), 222 * 2 * 90), (_recipe(both, asked), 222 * 2 * 90 + 22 * 2 * 500)):
         sizes = {"big": 90, "huge": 500, "both": 0}
-        arms = {arm.name: arm for arm in plan_arms(recipe, rows, student_parameters=1000, teacher_parameters=sizes)}
+        arms = {arm.name: arm for arm in plan_arms(recipe, rows, Sizes({"student": 1000}, sizes))}
         student = ((LABELS + RATIONALES) * 6 * 1000 + forward) / 5
         control = LABELS * 6 * 1000 / 2
         assert arms["labels_same_compute"].max_steps == round(100 * student / control)

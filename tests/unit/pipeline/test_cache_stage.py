@@ -170,6 +170,15 @@ def test_a_step_does_not_depend_on_its_cuts_or_on_chunks(made: Callable[..., Mad
             _close(_outcome(it, teachers, chunk_tokens, cuts), whole, 5e-6)
 
 
+def test_rows_are_hashed_where_a_teacher_finds_them_by_it_alone(made: Callable[..., Made]) -> None:
+    it = made()
+    it.write()
+    kept, online = (collator_for(it.student, it.teachers(name))(it.rows[:2]) for name in ("kept", "big"))
+    assert kept["keys"].tolist() == [row.key for row in it.rows[:2]]
+    assert "keys" not in online
+    assert kept.keys() - online.keys() == {"keys"}
+
+
 def test_top_k_are_the_teachers_likeliest_words(made: Callable[..., Made]) -> None:
     """In the order of the batch's tokens, and with the rest at the term's own temperature."""
     it = made("teachers.kept.payload={kind: top_k, k: 4}")

@@ -11,7 +11,7 @@ import yaml
 
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.files import write_json
-from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
+from distill_llm.pipeline.run_folder import RunFolder, claim, open_run, settled
 from distill_llm.rationales.ledger import Prices, Spent, ledger_report
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
@@ -64,6 +64,28 @@ def test_claim_refuses_a_folder_with_something_else(recipe: Any) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+def test_claim_takes_a_folder_that_a_sweep_has_begun(recipe: Any) -> None:
+    folder = recipe().folder
+    for name in ("sweep", "rationales"):
+        (folder / name).mkdir(parents=True)
+    assert claim(recipe()).recipe.is_file()
+
+
+def test_settled_is_what_a_finished_student_depends_on(recipe: Any) -> None:
+    """As ``claim`` sees it, and what validation is asked, too."""
+    plain = settled(recipe())
+    for word in (
+        "run_dir=elsewhere",
+        "name=other",
+        "train.workers=4",
+        "evaluate.controls=[]",
+        "evaluate.resamples=200",
+    ):
+        assert settled(recipe(word)) == plain, word
+    for word in ("seed=3", "train.seed=3", "train.max_steps=4", "evaluate.max_new_tokens=3", "task.train_size=13"):
+        assert settled(recipe(word)) != plain, word
+
+
 def test_claim_refuses_a_file(recipe: Any) -> None:
     recipe().folder.write_text("no folder")
     with pytest.raises(StorageError, match="A file lies where a folder is needed: choose another run_dir"):
@@ -76,10 +98,11 @@ def test_claim_refuses_another_recipe_and_names_what_differs(recipe: Any) -> Non
     _begin_training(run)
     before = run.recipe.read_text()
     with pytest.raises(ConfigError) as caught:
-        claim(recipe("train.max_steps=4", "objective.rationale.weight=2", "seed=17"))
+        claim(recipe("task.products=21", "student.prefixes.label='ask: '", "seed=17", "train.max_steps=4"))
     lines = str(caught.value).split("\n")
     assert lines[0] == f"run_dir: {run.root} was filled by another recipe:"
-    assert lines[1:-1] == ["  objective.1.weight: 1.0 there, 2.0 here", "  train.max_steps: 3 there, 4 here"]
+    said = ["  student.prefixes.label: 'predict: ' there, 'ask: ' here", "  task.products: 20 there, 21 here"]
+    assert lines[1:-1] == said, "what single trainings depend on is told by their plans"
     assert "run_dir=runs/another" in lines[-1]
     assert run.recipe.read_text() == before
 
@@ -88,9 +111,9 @@ def test_claim_shows_eight_differences_and_counts_the_rest(recipe: Any) -> None:
     run = claim(recipe())
     _begin_training(run)
     sizes = [f"task.{key}=9" for key in ("products", "train_size", "validation_size", "test_size", "task_seed")]
-    train = [f"train.{key}=1" for key in ("max_steps", "warmup_steps", "weight_decay", "patience")]
+    words = [f"student.prefixes.{key}='{key}? '" for key in ("label", "rationale", "rationale_then_label")]
     with pytest.raises(ConfigError) as caught:
-        claim(recipe(*sizes, *train, "seed=1"))
+        claim(recipe(*sizes, *words, "student.tokenizer.vocab_size=99", "seed=1"))
     assert len(str(caught.value).split("\n")) == 1 + 8 + 2
     assert "and 2 more" in str(caught.value)
 
@@ -99,7 +122,6 @@ def test_claim_shows_eight_differences_and_counts_the_rest(recipe: Any) -> None:
     "override",
     [
         "evaluate.batch_rows=3",
-        "evaluate.ablations={only_label: [label]}",
         "evaluate.controls=[]",
         "train.workers=2",
         "train.report_to=[wandb]",
@@ -194,3 +216,11 @@ def test_nothing_half_written_is_left_behind(recipe: Any, monkeypatch: pytest.Mo
     with pytest.raises(StorageError, match="The disk is full: free some space"):
         claim(recipe())
     assert list(recipe().folder.iterdir()) == []
+
+
+def test_where_a_cache_lies_and_where_a_teacher_runs_may_change_after_training_began(recipe: Any) -> None:
+    teachers = "teachers={a: {kind: frozen, model: a/b}, c: {kind: cached, of: a}}"
+    _begin_training(claim(recipe(teachers)))
+    claim(recipe(teachers, "teachers.c.folder=/elsewhere", "teachers.c.shard_megabytes=8", "teachers.a.device=cpu"))
+    with pytest.raises(ConfigError, match=r"teachers\.a\.model: 'a/b' there, 'a/c' here"):
+        claim(recipe(teachers, "teachers.a.model=a/c"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distill_llm.core.errors import ConfigError, DataError
 from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
 from distill_llm.models.load import read_tokenizer
+from distill_llm.pipeline.plan_facts import settle
 from distill_llm.pipeline.rationale_stage import check, gather, read_material
 from distill_llm.pipeline.run import run as run_recipe
 from distill_llm.pipeline.run_folder import RunFolder, claim
@@ -45,6 +47,7 @@ def plan(tmp_path: Path) -> Any:
         material = read_material(recipe, splits, run)
         assert material is not None
         made = make_plan(recipe, material, run)
+        settle(recipe, made.arms, run, retrain=False)
         if train:
             train_arms(recipe, material, made, run, ["all"], SILENT)
         return run, made
@@ -79,7 +82,9 @@ def test_trained_arm_is_kept_and_another_plan_of_it_refused(plan: Any) -> None:
     plan(ablation.format("label"), train=True)
     assert (run.model("part") / "model.safetensors").stat().st_mtime_ns == weights
     assert read_json(run.result("part"))["description"] == "label"
-    with pytest.raises(ConfigError, match=r"models/part: this arm was planned otherwise"):
+    with pytest.raises(
+        ConfigError, match=r"planned otherwise, and would be trained anew: part\.\nThese stay as they are: student\."
+    ):
         plan(ablation.format("rationale"), train=True)
 
 
@@ -135,3 +140,15 @@ def test_unlabelled_test_data_is_said_before_anything_is_written(tmp_path: Path)
     with pytest.raises(DataError, match="the test split has examples without a label"):
         run_recipe(recipe_from(parse_yaml(YAML, "tiny"), overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_seed_of_training_draws_weights_and_order_and_no_data(plan: Any) -> None:
+    """With the recipe's seed written out, the same bytes; with another, other weights of the same rows."""
+    made = []
+    for number, word in enumerate(("train.seed=recipe", "train.seed=17", "train.seed=18")):
+        run, planned = plan(word, f"name=n{number}", train=True)
+        made.append((planned.rows.rows, (run.model("student") / "model.safetensors").read_bytes()))
+        shutil.rmtree(run.root)
+    (rows, weights), (same_rows, same), (other_rows, other) = made
+    assert rows == same_rows == other_rows
+    assert weights == same != other

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distill_llm.recipe.recipe import Recipe
 
 SOFT = "objective.rationale={name: soft, loss: {kind: forward_kl}, targets: [rationale], teacher: big}"
-EXAMPLE = Example("one", "is 7 {prompt} even ?", "Q: is 7 {prompt} even ?\nA:", label="no")
+EXAMPLE = Example("one", "is 7 {prompt} even ?", "Q: is 7 {prompt} even ?\nA:", label="no", rationale="7 is {odd} .")
 
 
 @pytest.fixture
@@ -69,6 +69,9 @@ def test_what_is_read(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     assert _read(recipe(template="{input}"), "label") == f"predict: {plain}"
     assert _read(recipe(template="{input}", gold_label=True)) == f"explain: {told}"
     assert _read(recipe(template="so: {prompt} {input}")) == f"so: Q: {plain}\nA: explain: {plain}"
+    why = f"{plain}\n(Hint: 7 is {{odd}} .)"
+    assert _read(recipe(template="{input}", rationale=True)) == f"explain: {why}"
+    assert _read(recipe(rationale=True, gold_label=True)) == f"Q: {plain}\n(Hint: 7 is {{odd}} . The answer is no.)\nA:"
     hint = "The answer is no. It was asked: " + plain
     worded = recipe(gold_label=True, hint="{answer} It was asked: {question}")
     assert _read(worded) == f"Q: {hint}\nA:"
@@ -147,5 +150,5 @@ def test_a_teacher_that_nobody_asks_is_not_read_for(recipe: Callable[..., Recipe
 def test_who_is_told_what_it_is_asked(recipe: Callable[..., Recipe]) -> None:
     both = "objective.soft.targets=[label, rationale]"
     assert repeaters(recipe(gold_label=True)) == []
-    assert repeaters(recipe(both, gold_label=True)) == ["big"]
+    assert repeaters(recipe(both, gold_label=True)) == [("big", "label")]
     assert repeaters(recipe(both)) == []

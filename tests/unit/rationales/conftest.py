@@ -11,7 +11,7 @@ import pytest
 from distill_llm.core.example import Example
 from distill_llm.core.journal import Journal
 from distill_llm.core.progress import SILENT, Progress
-from distill_llm.rationales.generate import Asker, Round, ask, unanswered
+from distill_llm.rationales.generate import Asker, Round, Speaker, ask, unanswered
 from distill_llm.rationales.ledger import Gate, Ledger, Spent
 from distill_llm.rationales.prompts import make_prompter
 from distill_llm.rationales.spec import RationaleSpec
@@ -87,7 +87,9 @@ def asker(task: Jsonl) -> Callable[..., Asker]:
     def make(teacher: StubTeacher | None = None, *, seed: int = 17, **changes: Any) -> Asker:
         facts = {"teacher": {"kind": "gold"}, "samples": 2, "sampling": Sampling(temperature=0.7).model_dump()}
         spec = RationaleSpec.model_validate(facts | changes)
-        return Asker(spec, make_prompter(spec.prompt), teacher or StubTeacher(), task, seed)
+        (voice,) = spec.voices
+        speaker = Speaker(voice, make_prompter(spec.prompt), task, seed, teacher or StubTeacher())
+        return Asker(spec, [speaker], task)
 
     return make
 
@@ -109,7 +111,8 @@ def answer_all(tmp_path: Path) -> Callable[..., tuple[Round, dict[str, Completio
             ask(
                 lambda: unanswered(requests, journal, turn.failures),
                 turn,
-                asker=asker,
+                teacher=asker.speakers[0].teacher,
+                task=asker.task,
                 journal=journal,
                 ledger=ledger,
                 gate=Gate(asker.spec.budget, asker.spec.prices, Spent(), max_new_tokens=8),

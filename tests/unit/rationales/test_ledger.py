@@ -168,10 +168,10 @@ def test_a_ledger_is_written_and_found_again(tmp_path: Path) -> None:
         "requests": 4, "retries": 2, "failures": 1, "completions": 1, "tokens_in": 5, "tokens_out": 7, "seconds": 0,
     }  # fmt: skip
     again = Ledger(tmp_path / "ledger.json", {"train": Spent(requests=1, completions=1, tokens_in=5, tokens_out=7)})
-    assert again.splits["train"].requests == 4
+    assert again.accounts["train"].requests == 4
     again.start("train")
     again.add("train", Completion("", 1, 1))
-    assert again.splits["train"].completions == 2
+    assert again.accounts["train"].completions == 2
 
 
 def test_time_is_that_of_asking_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_time_is_that_of_asking_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     ledger.start("test")
     now += 2
     ledger.write("test")
-    assert {split: spent.seconds for split, spent in ledger.splits.items()} == {"train": 7, "test": 2}
+    assert {split: spent.seconds for split, spent in ledger.accounts.items()} == {"train": 7, "test": 2}
 
 
 JOURNALED = Spent(requests=11, retries=1, completions=10, tokens_in=50, tokens_out=70)
@@ -211,14 +211,14 @@ def test_a_ledger_says_at_least_what_the_journal_holds(tmp_path: Path, ledger: S
     path = tmp_path / "ledger.json"
     if ledger != Spent():
         path.write_text(json.dumps({"train": {name: getattr(ledger, name) for name in Spent.__slots__}}))
-    assert Ledger(path, {"train": JOURNALED}).splits == {"train": expected}
+    assert Ledger(path, {"train": JOURNALED}).accounts == {"train": expected}
     assert read_ledgers([path]) == {"train": expected}, "it is mended on disk too"
 
 
 def test_ledgers_of_processes_add_up_but_not_their_seconds(tmp_path: Path) -> None:
     for process, seconds in enumerate((4.0, 6.0)):
         ledger = Ledger(tmp_path / f"{process}.json", {"train": JOURNALED, "test": Spent(requests=process)})
-        ledger.splits["train"].seconds = seconds
+        ledger.accounts["train"].seconds = seconds
         ledger.start("train")
         ledger.write("train")
     found = read_ledgers(sorted(tmp_path.iterdir()))

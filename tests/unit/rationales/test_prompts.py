@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Example
-from distill_llm.rationales.prompts import HintSpec, PromptSpec, make_prompter, prompt_text
+from distill_llm.rationales.prompts import HintSpec, make_prompter, prompt_text
 from distill_llm.tasks.wording import bare_question, few_shot, reworded
 from distill_llm.teachers.base import Message
+from distill_llm.teachers.prompt import PromptSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -40,6 +40,8 @@ def test_what_fits_is_taken(override: str) -> None:
 
 SERVER = "rationales.teacher={kind: openai_compatible, model: x, base_url: http://localhost:1/v1}"
 
+SEVERAL = "rationales.teacher={kind: several, of: {a: {teacher: {kind: vllm, model: a/b}}, b: {teacher: {kind: gold}}}}"
+
 
 @pytest.mark.parametrize(
     ("override", "said"),
@@ -54,7 +56,11 @@ SERVER = "rationales.teacher={kind: openai_compatible, model: x, base_url: http:
         ("objective.soft.loss={kind: universal_logit}", r"objective\.soft\.loss: universal_logit cannot be computed"),
         ("objective.soft.loss={kind: hint}", r"objective\.soft\.loss: .*Name a frozen teacher"),
         ("teachers.kept={kind: cached, of: heard}", r"teachers: kept: heard is a cache already"),
-        ("teachers.all={kind: ensemble, of: [heard, b]}", r"teachers: all: heard keeps some words"),
+        (
+            "teachers.all={kind: ensemble, of: [heard, b]}",
+            r"teachers: all: heard keeps some words[^_]*Give it a term of its own",
+        ),
+        (SEVERAL, r"teachers\.heard: rationales\.teacher is several teachers.*Name a frozen teacher for each"),
     ],
 )
 def test_what_does_not_is_refused_before_anything_is_loaded(override: str, said: str) -> None:

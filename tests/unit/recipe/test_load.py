@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.recipe.load import known_keys, load_recipe, parse_yaml, recipe_from
+from distill_llm.recipe.load import known_keys, load_recipe, overridden, parse_yaml, recipe_from, value_at
 from distill_llm.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -92,6 +92,23 @@ def test_override_null_takes_a_section_away() -> None:
 
 def test_later_override_wins() -> None:
     assert _load("train.max_steps=7", "train.max_steps=8").train.max_steps == 8
+
+
+def test_value_is_found_where_an_override_would_put_it() -> None:
+    data = parse_yaml(YAML, "tiny")
+    assert value_at(data, "objective.rationale.name") == value_at(data, "objective.1.name") == "rationale"
+    assert value_at(data, "train.max_steps") == data["train"]["max_steps"]
+    for path in ("objective.2.name", "objective.labell", "train.max_steps.x", "teachers.big.model"):
+        assert value_at(data, path) is None
+    assert overridden(data, ["objective.rationale.weight=2", "teachers.big.kind=ema"])["teachers"] == {
+        "big": {"kind": "ema"}
+    }
+    assert data == parse_yaml(YAML, "tiny"), "a copy was changed"
+
+
+def test_training_has_a_seed_of_its_own() -> None:
+    assert (_load().seed, _load().training_seed) == (17, 17)
+    assert (_load("seed=3").training_seed, _load("seed=3", "train.seed=0").training_seed) == (3, 0)
 
 
 def test_name_of_a_term_comes_before_its_number() -> None:

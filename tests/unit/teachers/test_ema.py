@@ -21,10 +21,11 @@ from distill_llm.pipeline.doctor import examine
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.teachers.base import StudentFacts
+from distill_llm.teachers.base import MovingTeacher
 from distill_llm.teachers.ema import Ema, EmaTeacher
 from distill_llm.teachers.ensemble import EnsembleTeacher
 from distill_llm.teachers.frozen import FrozenTeacher
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.training.moving import MoveTeachers
 from distill_llm.training.train import fit, make_trainer
 
@@ -105,6 +106,25 @@ def test_it_moves_as_in_the_paper(tiny_model: Callable[..., LoadedModel], decay:
         if decay == 0.999:
             plain = torch.stack([weights[name].double() for weights in seen]).mean(0)
             torch.testing.assert_close(state[name].double(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_memory_it_is_the_student_as_it_is(tiny_model: Callable[..., LoadedModel]) -> None:
+    """``decay: 0``: after each step the same weights to the bit, without dropout and without a gradient."""
+    student = tiny_model(seed=1)
+    teacher = Ema(decay=0).open(
+        StudentFacts(student.tokenizer.get_vocab(), student.is_encoder_decoder, "cpu", student.model)
+    )
+    assert isinstance(teacher, MovingTeacher)
+    batch = Collator(0, 0 if student.is_encoder_decoder else None)(ROWS)
+    for step in range(1, 4):
+        _shake(student.model, step)
+        teacher.after_step(student.model, step)
+        weights = dict(student.model.named_parameters())
+        assert all(torch.equal(weight, weights[name]) for name, weight in teacher.state().items())
+        own = signals_of(student.model.eval()(**model_inputs(batch)).logits, batch)
+        said = teacher.signals(batch).logits
+        torch.testing.assert_close(said, own.logits[:, : said.size(-1)], atol=1e-5, rtol=1e-5)
+        assert not said.requires_grad
 
 
 def test_it_copies_and_moves_only_what_learns(tiny_model: Callable[..., LoadedModel]) -> None:

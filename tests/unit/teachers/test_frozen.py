@@ -19,9 +19,9 @@ from distill_llm.models.head import OutputHead
 from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.teachers.base import StudentFacts
 from distill_llm.teachers.beside import ModelBeside
 from distill_llm.teachers.frozen import Frozen, FrozenTeacher
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,20 +167,24 @@ def test_a_teacher_on_another_device_says_the_same(
         torch.testing.assert_close(value.cpu(), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
-def test_fewer_bits_say_nearly_the_same(tiny_llama: Callable[..., LoadedModel], tmp_path: Path, load_in: str) -> None:
+def test_fewer_bits_say_nearly_the_same(
+    tiny_llama: Callable[..., LoadedModel], tmp_path: Path, load_in: str, device: str
+) -> None:
     """Weights are quantized indeed, the head (of the tokenizer's words) is not, and chunks see what all at once see."""
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     student, big = tiny_llama(seed=1), tiny_llama(seed=2, **sizes)
     spec = _spec(big, tmp_path).model_copy(update={"load_in": load_in, "dtype": "float32"})
     spec.check()
-    teacher: Any = spec.open(_facts(student))
+    student.model.to(device)
+    teacher: Any = spec.open(_facts(student, device=device))
     kinds = {type(weight).__name__ for weight in teacher._model.parameters()}
     assert {"8bit": "Int8Params", "4bit": "Params4bit"}[load_in] in kinds
     assert spec.num_parameters(0) == big.num_parameters
-    batch = Collator(0, None)(ROWS)
-    full, said = FrozenTeacher(big.model).signals(batch).logits, teacher.signals(batch).logits
+    batch = {name: column.to(device) for name, column in Collator(0, None)(ROWS).items()}
+    full, said = FrozenTeacher(big.model.to(device)).signals(batch).logits, teacher.signals(batch).logits
     assert not torch.equal(said, full)
     assert (said - full).norm() < 0.2 * full.norm()
     for value, wanted in zip(

@@ -16,13 +16,14 @@ from distill_llm.core.signals import Batch, model_inputs, select_rows, signals_o
 from distill_llm.data.rows import Row, build_rows
 from distill_llm.models.head import OutputHead
 from distill_llm.objective import Objective
-from distill_llm.pipeline.arms import plan_arms
+from distill_llm.pipeline.arms import Sizes, plan_arms
 from distill_llm.pipeline.pictures import check_pictures, findings_of_pictures
 from distill_llm.pipeline.trial import open_teachers, student_view
 from distill_llm.pipeline.views import check_views, make_viewers
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.recipe.train import TrainSpec
+from distill_llm.schemes.stages import STUDENT
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.base import Sampling
 from distill_llm.teachers.transformers import Transformers
@@ -163,8 +164,8 @@ def test_a_teacher_that_sees_beside_a_student_of_text(
     said = teachers["big"].signals(batch)
     _close(said.logits, [_sight_by_hand(big, row) for row in rows])
     assert rows[0].tokens_for("big") == 25 + 2 + len(rows[0].label_ids), "patches, `predict :` and the label"
-    sizes = {"student_parameters": 1000, "teacher_parameters": {"big": 5000}}
-    (arm, *_) = plan_arms(recipe, rows, **sizes)
+    sizes = Sizes({STUDENT: 1000}, {"big": 5000})
+    (arm, *_) = plan_arms(recipe, rows, sizes)
     assert arm.name == "student"
 
 
@@ -300,6 +301,11 @@ def test_what_doctor_says_of_pictures(tiny_vision: Callable[..., LoadedModel], t
             "objective.soft.loss: it compares an encoder's states at the tokens of the input, and a picture has none",
         ),
         (["objective.soft.loss={kind: hint}"], "compares layers at tokens that both models read"),
+        (["scheme={kind: on_policy}"], "student.picture: schemes in which the student writes"),
+        (["scheme={kind: mutual}"], "or several learn at once .mutual, self_distill. are for students that read text"),
+        (["scheme={kind: self_distill}"], "student.picture: schemes in which the student writes"),
+        (["student.load_in=4bit"], "`load_in: 4bit` keeps the weights as they are"),
+        (["student.load_in=4bit", "student.lora={}"], "`lora` and `chat` are for students that read text"),
         (["train.packing=always"], "train.packing: always: pictures are all of one size"),
         (["teachers.big={kind: ema, view: {gold_label: true}}"], "reads pictures: add `picture` to the view"),
         (
@@ -311,6 +317,13 @@ def test_what_doctor_says_of_pictures(tiny_vision: Callable[..., LoadedModel], t
 def test_what_cannot_be_is_refused_as_the_recipe_loads(overrides: list[str], complaint: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, ValidationError), match=complaint):
         _recipe(tmp_path, SEES, *overrides)
+
+
+def test_what_the_student_writes_is_not_read_behind_a_picture(tmp_path: Path) -> None:
+    view = f"teachers.big.view={PICTURE_VIEW}"
+    assert _recipe(tmp_path, view).teachers["big"].own_view()
+    with pytest.raises(ConfigError, match=r"teachers.big.view.picture: where the student writes"):
+        _recipe(tmp_path, view, "scheme={kind: on_policy}")
 
 
 def test_a_teacher_of_the_other_modality_needs_a_view(

@@ -136,6 +136,26 @@ def test_dropout_is_on_while_training(with_dropout: Callable[[str], LoadedModel]
     assert not _same(_weights(first.model), _weights(second.model))
 
 
+def test_a_training_on_a_cpu_leaves_dropout_and_its_attention_not_to_torch(
+    with_dropout: Callable[[str], LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is itself again when it is validated."""
+    student = with_dropout("t5")
+    kinds = [type(part) for part in student.model.modules()]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch was asked")
+
+    def validate(model: Any) -> dict[str, float]:
+        assert [type(part) for part in model.modules()] == kinds
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", refuse)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    _train(student, tmp_path, max_steps=2, validate=validate)
+    assert [type(part) for part in student.model.modules()] == kinds
+
+
 def test_a_torn_checkpoint_is_passed_over(with_dropout: Callable[[str], LoadedModel], tmp_path: Path) -> None:
     whole, resumed = with_dropout("t5"), with_dropout("t5")
     _train(whole, tmp_path / "whole")
