@@ -193,6 +193,11 @@ class Objective:
         """The terms of one learner; all of them where nobody is named."""
         return Objective([self.terms[index] for index in self._own(learner)])
 
+    def one_by_one(self) -> Iterator[Objective]:
+        """An objective of each term."""
+        for index, term in enumerate(self.terms):
+            yield Objective([term], self.learners[index : index + 1])
+
     def _own(self, learner: str) -> list[int]:
         return [index for index in range(len(self.terms)) if not self.learners or self.learners[index] == learner]
 

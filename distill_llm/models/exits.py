@@ -21,11 +21,24 @@ from distill_llm.core.signals import Batch
 from distill_llm.models.forward import forward
 from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import without_heads
+from distill_llm.models.spec import StudentSpec
 
 _NORMS = ("final_layer_norm", "norm", "ln_f", "final_norm", "layer_norm")
 """Names of what stands between a decoder's last layer and its head."""
 _OF_DECODER = ("num_decoder_layers", "decoder_layers")
 _OF_STACK = ("num_hidden_layers", "num_layers", *_OF_DECODER)
+
+
+def config_of(spec: StudentSpec) -> Any:
+    """The config of a student that was checked, before its vocabulary is known; loads no weights."""
+    from transformers import CONFIG_MAPPING
+
+    from distill_llm.models.load import read_config
+
+    if not spec.config:
+        return read_config(spec.model, spec.revision, where="student.model")
+    sizes: dict[str, Any] = {key: value for key, value in spec.config.items() if key != "model_type"}
+    return CONFIG_MAPPING[str(spec.config["model_type"])](**sizes)
 
 
 def decoder_depth(config: Any) -> int:

@@ -142,14 +142,6 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
     return is_encoder_decoder
 
 
-def config_of(spec: StudentSpec, *, where: str = "student") -> Any:
-    """A student's config, before its vocabulary is known; loads no weights."""
-    if not spec.config:
-        return read_config(spec.model, spec.revision, where=f"{where}.model")
-    sizes = {key: value for key, value in spec.config.items() if key != "model_type"}
-    return config_class(spec.config, f"{where}.config")(**sizes)
-
-
 def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> int:
     """Parameters of a student, adapters aside, without its weights."""
     if not spec.config:

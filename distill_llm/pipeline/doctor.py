@@ -52,7 +52,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
         student = build_student(recipe.student, tokenizer)
-        student = recipe.scheme.assemble(student, recipe.student, recipe.seed)
+        student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
         check_chat(recipe, tokenizer)
         _stages(recipe, tokenizer, diagnosis)
         view = student_view(recipe, tokenizer, student.is_encoder_decoder, student.painter)

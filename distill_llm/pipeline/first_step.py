@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import DistillError
@@ -15,7 +15,6 @@ from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.diagnosis import Diagnosis, TermFacts
 from distill_llm.pipeline.trial import open_teachers
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ def examine_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: 
     diagnosis.rows = [_marked(batch, number, row, student.tokenizer) for number, row in enumerate(chosen[:4])]
     _teachers_are_still(recipe, teachers, batch, diagnosis)
     student.model.train()
-    for objective in _term_by_term(recipe):
+    for objective in recipe.scheme.for_learners(Objective(recipe.objective).at(0.0)).one_by_one():
         diagnosis.terms.append(_term(recipe, objective, student, teachers, batch))
     for facts in diagnosis.terms:
         if not facts.loss < float("inf"):
@@ -101,13 +100,6 @@ def _mixed(rows: RowSet, number: int) -> list[Any]:
             if waiting and len(chosen) < number:
                 chosen.append(waiting.pop(0))
     return chosen
-
-
-def _term_by_term(recipe: Recipe) -> Iterator[Objective]:
-    objective = recipe.scheme.for_learners(Objective(recipe.objective).at(0.0))
-    learners = objective.learners or (STUDENT,) * len(objective.terms)
-    for term, learner in zip(objective.terms, learners, strict=True):
-        yield Objective([term], [learner])
 
 
 def _term(

@@ -104,7 +104,7 @@ def _needs(recipe: Recipe, stage: Stage, model: Any, sizes: dict[str, int]) -> N
     states = _state_numbers(trained, recipe.train.optimizer)
     teachers: dict[str, int] = {}
     for term in stage.terms:
-        if term.teacher is not None:
+        if term.teacher is not None and term.teacher in stage.teachers:
             _add_teacher(teachers, term.teacher, stage, sizes, parameters)
     kept = recipe.train.keep_checkpoints + 2  # the best one besides, and the one that is being written
     rates = len(recipe.train.tune) if stage.validated and recipe.train.tune else 1

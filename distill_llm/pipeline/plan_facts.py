@@ -39,7 +39,7 @@ def plan_facts(arm: Arm, recipe: Recipe, arms: Sequence[Arm], run: RunFolder) ->
         "teachers": {
             name: arm.teachers[name].model_dump(mode="json", exclude=set(arm.teachers[name].manner))
             for name in asked
-            if name not in arm.after
+            if name not in arm.after and name in arm.teachers  # a scheme's own is in the scheme
         },
         "scheme": arm.scheme.model_dump(mode="json"),
         "seed": arm.seed,

@@ -128,7 +128,7 @@ def _keep_best(arm: Arm, trials: Sequence[tuple[Trial, dict[str, Any]]], run: Ru
     """Moves the model with the best validation accuracy up to the arm's folder; those that learned beside the student
     to folders of their own."""
     best, result = max(trials, key=lambda pair: pair[1]["validation_accuracy"] or 0.0)
-    facts = read_json(run.plan(arm.name)) | {"role": arm.role, "scored": arm.scored}
+    facts = read_json(run.plan(arm.name)) | {"scored": arm.scored}
     learner, others = result.get("learner", STUDENT), result.get("others", {})
     if learner != STUDENT and others:
         facts["description"] += f" ({learner}, the best of {len(others) + 1} on validation)"

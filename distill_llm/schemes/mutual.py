@@ -124,7 +124,7 @@ class Mutual(Scheme):
     def check(self, recipe: Any) -> None:
         from distill_llm.models.load import check_student, load_tokenizer, read_tokenizer
 
-        student = recipe.student
+        student: StudentSpec = recipe.student
         is_encoder_decoder = check_student(student)
         for name, spec in self._beside(student).items():
             where = f"scheme.peers.{name}"

@@ -79,9 +79,10 @@ class SelfDistill(Scheme):
             raise ValueError("no term on logits goes on to the end, and the exits learn by no others. Add one")
 
     def check(self, recipe: Any) -> None:
-        from distill_llm.models.exits import decoder_depth
-        from distill_llm.models.load import config_of
+        from distill_llm.models.exits import config_of, decoder_depth
+        from distill_llm.models.load import check_student
 
+        check_student(recipe.student)
         depth = decoder_depth(config_of(recipe.student))
         if self.exits[-1] >= depth:
             raise ConfigError(

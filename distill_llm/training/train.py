@@ -62,7 +62,7 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer of ``student``, which is changed in place; its checkpoints lie in ``folder/checkpoints``."""
     checkpoints = folder / "checkpoints"
-    collator = collator_for(student, teachers, spec.packing)
+    collator = collator_for(student, teachers, spec.packing, keyed=scheme.writes)
     sampler = make_sampler(rows, spec, max_steps=max_steps, seed=seed, share_inputs=collator.part_tokens > 0)
     arguments = make_arguments(
         spec,
@@ -136,9 +136,14 @@ def _save(trainer: Trainer, folder: Path) -> tuple[str, Mapping[str, float | Non
 
 
 def collator_for(
-    student: LoadedModel, teachers: Mapping[str, TensorTeacher] | None = None, packing: Packing = "auto"
+    student: LoadedModel,
+    teachers: Mapping[str, TensorTeacher] | None = None,
+    packing: Packing = "auto",
+    *,
+    keyed: bool = False,
 ) -> Collator:
-    """``teachers``: all that are open, members of others included; None: batches are to suit any.
+    """``teachers``: all that are open, members of others included; None: batches are to suit any. ``keyed``: with the
+    keys of rows, also where no teacher finds what it says by them.
 
     Raises ConfigError where the recipe wants packing that the student does not know.
     """
@@ -152,7 +157,7 @@ def collator_for(
         for name, teacher in (teachers or {}).items()
         if isinstance(teacher, ViewedTeacher)
     }
-    keyed = teachers is None or any(isinstance(teacher, StoredTeacher) for teacher in teachers.values())
+    keyed = keyed or teachers is None or any(isinstance(teacher, StoredTeacher) for teacher in teachers.values())
     if student.painter is not None:
         begin = student.model.config.decoder_start_token_id
         return Collator(pad, begin, keyed=keyed, views=views, painter=student.painter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -72,11 +73,14 @@ class DistillTrainer(Trainer):
         self._moving = MoveTeachers(self.teachers)
         self.add_callback(self._moving)
         self._now, self.validate = scheme.for_learners(objective.at(0.0)), validate
-        self._has_heads = bool(head_weights(model))
         chunk_tokens = args.chunk_tokens if isinstance(args, DistillArguments) else "auto"
         self._head = OutputHead(members_of(model)[0], chunk_tokens=chunk_tokens) if chunk_tokens else None
         self._means, self._steps_of = dict[str, Tensor](), Counter[str]()  # by term: a step may leave one out
         self._diagnostics = Diagnostics() if getattr(args, "diagnostics", True) else None
+
+    @cached_property
+    def _has_heads(self) -> bool:
+        return bool(head_weights(self.model))
 
     def _unsharded(self, scheme: Scheme) -> Scheme:
         """The scheme, if it can be had as the training is spread over processes."""
