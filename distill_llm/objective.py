@@ -205,10 +205,9 @@ class Objective:
         """Tokens of each term in one batch: supervised ones, or the input's for a term on an encoder."""
         import torch
 
-        per_row = {
-            "decoder": (aligned_labels(batch) != IGNORE_INDEX).sum(1),
-            "encoder": batch["attention_mask"].sum(1),
-        }
+        per_row = {"decoder": (aligned_labels(batch) != IGNORE_INDEX).sum(1)}
+        if "attention_mask" in batch:  # a picture has no tokens
+            per_row["encoder"] = batch["attention_mask"].sum(1)
         return torch.stack([(per_row[term.side] * term.owns(batch["targets"])).sum() for term in self.terms])
 
     def rows_for(self, teacher: str, batch: Batch) -> Bool[Tensor, " B"]:

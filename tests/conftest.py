@@ -41,6 +41,8 @@ _SHAPE_CHECKED = tuple(
         "models.forward",
         "models.layers",
         "models.head",
+        "models.picture",
+        "models.vision",
         "models.peers",
         "models.exits",
         "losses",
@@ -57,6 +59,8 @@ _IN_ORDER = (
     ("distill_llm.core.sparse", ("SparseSignals",)),
     ("distill_llm.models.cheap_dropout", ()),
     ("distill_llm.models.cpu_training", ()),
+    ("distill_llm.models.picture", ("Painter", "Picture")),
+    ("distill_llm.models.vision", ()),
     ("distill_llm.models.forward", ("Passed", "Heads")),
     ("distill_llm.models.peers", ("Peers",)),
     ("distill_llm.models.layers", ()),
@@ -93,7 +97,7 @@ def _check_shapes() -> None:
     loses them again: a name that it truly forgot to import must still be a NameError in the tests.
     """
     from distill_llm.core.example import Example, Target, TeacherAnswer
-    from distill_llm.models.spec import Prefixes, PrefixSide
+    from distill_llm.models.spec import PictureSpec, Prefixes, PrefixSide
     from distill_llm.tasks.base import Task
 
     names: dict[str, Any] = {
@@ -103,7 +107,8 @@ def _check_shapes() -> None:
         "device": torch.device,
     }  # isinstance knows no Protocol
     names |= {name: getattr(jaxtyping, name) for name in ("Float", "Int", "Bool")}
-    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, Prefixes, Task)} | {
+    names |= {kind.__name__: kind for kind in (Example, TeacherAnswer, PictureSpec, Prefixes, Task)} | {
+        "HubConfig": dict[str, Any],
         "Target": Target,
         "PrefixSide": PrefixSide,
     }
@@ -180,12 +185,52 @@ LLAMA_SIZES: dict[str, Any] = {
 }
 
 
-def build_tiny(sizes: dict[str, Any], *, tokenizer: str = "words", seed: int = 0, text: str = WORDS) -> LoadedModel:
+PICTURE: dict[str, Any] = {"width": 96, "height": 33, "font": "fixed"}
+VIT_SIZES: dict[str, Any] = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "patch_size": [11, 12],
+    "num_channels": 1,
+    "hidden_dropout_prob": 0.0,
+}
+WRITER_SIZES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "trocr": {
+        "d_model": 24,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 32,
+        "dropout": 0.0,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+def vision_sizes(decoder: str = "gpt2", **sizes: Any) -> dict[str, Any]:
+    """The config of a tiny model that reads pictures of 96 x 33 pixels."""
+    written = {"model_type": decoder} | WRITER_SIZES[decoder] | sizes
+    return {"model_type": "vision-encoder-decoder", "encoder": VIT_SIZES, "decoder": written}
+
+
+def build_tiny(
+    sizes: dict[str, Any], *, tokenizer: str = "words", seed: int = 0, text: str = WORDS, **keys: Any
+) -> LoadedModel:
     """A fresh model in eval mode with a tokenizer trained on ``text``; ``seed`` draws the weights."""
     from distill_llm.models.load import build_student, load_tokenizer
     from distill_llm.models.spec import StudentSpec
 
-    spec = StudentSpec.model_validate({"config": sizes, "tokenizer": {"kind": tokenizer, "vocab_size": 512}})
+    spec = StudentSpec.model_validate({"config": sizes, "tokenizer": {"kind": tokenizer, "vocab_size": 512}} | keys)
     torch.manual_seed(seed)
     student = build_student(spec, load_tokenizer(spec, [text]))
     student.model.eval()
@@ -208,6 +253,16 @@ def tiny_llama() -> Callable[..., LoadedModel]:
 
     def build(*, tokenizer: str = "words", seed: int = 0, text: str = WORDS, **sizes: Any) -> LoadedModel:
         return build_tiny(LLAMA_SIZES | sizes, tokenizer=tokenizer, seed=seed, text=text)
+
+    return build
+
+
+@pytest.fixture
+def tiny_vision() -> Callable[..., LoadedModel]:
+    """Builds a model that reads pictures: ``tiny_vision(seed=1, decoder="bert", text=..., n_embd=24)``."""
+
+    def build(*, decoder: str = "gpt2", seed: int = 0, text: str = WORDS, **sizes: Any) -> LoadedModel:
+        return build_tiny(vision_sizes(decoder, **sizes), seed=seed, text=text, picture=PICTURE)
 
     return build
 

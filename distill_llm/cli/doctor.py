@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from distill_llm.pipeline.doctor import Diagnosis
+    from distill_llm.pipeline.diagnosis import Diagnosis
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 

@@ -16,6 +16,7 @@ class Example:
     ``input`` is what the student reads; ``prompt`` is the same question as a teacher sees it in a few-shot prompt.
     ``label`` and ``rationale`` are gold (None where the data has none). ``origin`` and ``row`` are the split and the
     place in it that the source gave, before anything was cut off or limited: replayed completions are found by them.
+    ``picture`` is the path of an image file or its content, empty where the data has none.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Example:
     choices: tuple[str, ...] = ()
     origin: str = ""
     row: int = -1
+    picture: str | bytes = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 Batch = dict[str, Any]
 """Columns ``input_ids``, ``attention_mask``, ``labels`` [B, T], ``targets`` [B] (index into TARGETS, plus OWN where the
 text is the student's own), ``agreement`` [B] (of the votes, 1 without any); ``keys`` [B] (of the rows) where signals on
-disk are found by them; ``decoder_input_ids`` [B, T] where the model is an encoder-decoder. A teacher with a view of its
-own has columns of its own (``view_column``), ``places`` [B, L] among them: for each label token of the row, which of
-the teacher's is its counterpart, -1 for none."""
+disk are found by them; ``decoder_input_ids`` [B, T] where the model is an encoder-decoder. One that reads pictures has
+``pixel_values`` [B, C, H, W] in place of the first two. A teacher with a view of its own has columns of its own
+(``view_column``), ``places`` [B, L] among them: for each label token of the row, which of the teacher's is its
+counterpart, -1 for none."""
 
 IGNORE_INDEX = -100
 OWN = len(TARGETS)
@@ -31,7 +32,8 @@ OWN = len(TARGETS)
 right is not known there, so that only terms with a teacher own them."""
 _VIEW = "view."
 _BOOKKEEPING = ("labels", "targets", "agreement", "keys", "places", INPUT)
-_VIEWED = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "places")
+_PIXELS = "pixel_values"
+_VIEWED = ("input_ids", "attention_mask", _PIXELS, "labels", "decoder_input_ids", "places")
 
 At = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 """Takes what a model gave back for a batch, rows and columns, and gives what belongs to these tokens."""
@@ -215,9 +217,9 @@ def select_rows(batch: Batch, keep: Bool[Tensor, " B"]) -> Batch:
     if bool(keep.all()):
         return batch
     part = {name: column[keep] for name, column in batch.items() if not is_layout(name)}
-    inputs = [name for name in part if name == "input_ids" or (name.startswith(_VIEW) and name.endswith(".input_ids"))]
-    for name in inputs:
-        part = _trimmed(part, name.removesuffix("input_ids"))
+    labels = [name for name in part if name == "labels" or (name.startswith(_VIEW) and name.endswith(".labels"))]
+    for name in labels:
+        part = _trimmed(part, name.removesuffix("labels"))
     return _laid_out(part, packs=PACKED in batch) if len(part["labels"]) else part
 
 
@@ -225,6 +227,8 @@ def _trimmed(batch: Batch, whose: str) -> Batch:
     """Without padding columns among those whose names begin with ``whose``: the student's own, or those of a view."""
     inputs = (f"{whose}input_ids", f"{whose}attention_mask")
     labels = (f"{whose}labels", f"{whose}decoder_input_ids")
+    if f"{whose}{_PIXELS}" in batch:
+        return _trim(batch, labels, batch[labels[0]] != IGNORE_INDEX)
     mask = batch[inputs[1]].bool()
     if labels[1] not in batch:
         return _trim(batch, (*inputs, labels[0]), mask)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill_llm.data.rows import Row, RowView
+    from distill_llm.models.picture import Painter
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Collator:
 
     ``part_tokens``: an encoder-decoder's rows go through it in parts of so many tokens, each distinct input once; 0:
     all rows side by side. ``packs``: a decoder-only student's rows go through it as one. ``keyed``: with the column
-    ``keys``, which costs a hash of each row.
+    ``keys``, which costs a hash of each row. ``painter``: of a model that reads pictures.
     """
 
     pad_token_id: int
@@ -31,6 +32,7 @@ class Collator:
     packs: bool = False
     keyed: bool = True
     views: Mapping[str, Collator] = field(default_factory=dict)
+    painter: Painter | None = None
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
@@ -48,7 +50,7 @@ class Collator:
         return batch
 
     def rows_of(self, batch: Batch) -> list[Row]:
-        """The rows that ``batch`` was made of, but for their examples, which it does not know: 0.
+        """The rows of text that ``batch`` was made of, but for their examples, which it does not know: 0.
 
         A teacher that has nothing to say of a row has a view of it all the same, of which no place is a counterpart.
         """
@@ -107,7 +109,7 @@ class Collator:
             return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)}
         labels = [[IGNORE_INDEX] * len(row.prefix_ids) + list(row.label_ids) for row in rows]
         shifted = [[self.decoder_start_token_id, *row.prefix_ids, *row.label_ids[:-1]] for row in rows]
-        return self._padded_inputs([row.input_ids for row in rows]) | {
+        return self._inputs(rows) | {
             "decoder_input_ids": _padded(shifted, self.pad_token_id),
             "labels": _padded(labels, IGNORE_INDEX),
         }
@@ -136,6 +138,12 @@ class Collator:
             for view, count in zip(views, num_labels, strict=True)
         ]
         return self._columns(filled) | {"places": _padded([view.places for view in filled], -1)}
+
+    def _inputs(self, rows: Sequence[Row] | Sequence[RowView]) -> Batch:
+        if self.painter is None:
+            return self._padded_inputs([row.input_ids for row in rows])
+        blank = self.painter.picture("")
+        return {"pixel_values": self.painter.pixels([row.picture or blank for row in rows])}
 
     def _padded_inputs(self, inputs: Sequence[Sequence[int]]) -> Batch:
         return {

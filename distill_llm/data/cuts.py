@@ -97,7 +97,7 @@ class TokenCuts:
         rows = [[self._rows[index] for index in run] for run in runs]
         targets = [[(row.target if self._shared else "", row.num_target_tokens) for row in run] for run in rows]
         views = [[(name, view.num_tokens) for row in run for name, view in row.views.items()] for run in rows]
-        longest = max(load.longest_input, *(len(run[0].input_ids) for run in rows))
+        longest = max(load.longest_input, *(run[0].num_input_tokens for run in rows))
         return _Load(load.runs + 1, longest, _with(load.targets, targets), _with(load.views, views))
 
 

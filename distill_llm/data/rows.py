@@ -14,6 +14,7 @@ from distill_llm.core.errors import DataError
 if TYPE_CHECKING:
     from distill_llm.core.example import Example, Target, TeacherAnswer
     from distill_llm.data.view import StudentView
+    from distill_llm.models.picture import Picture
     from distill_llm.tasks.base import Task
 
 LabelSource = Literal["gold", "teacher", "gold_else_teacher"]
@@ -25,16 +26,18 @@ class RowView:
     """A row as a teacher with a view of its own reads it.
 
     ``places``: for each of the row's label tokens, which of ``label_ids`` is its counterpart; -1 for none.
+    ``picture``: what is read in place of ``input_ids``, which are empty then.
     """
 
     input_ids: Sequence[int]
     label_ids: Sequence[int]
     places: Sequence[int]
     prefix_ids: Sequence[int] = ()
+    picture: Picture | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids) + len(self.label_ids)
+        return _num_input_tokens(self) + len(self.prefix_ids) + len(self.label_ids)
 
 
 @runtime_checkable
@@ -60,7 +63,8 @@ class Row:
 
     ``agreement`` is that of the teacher's votes on the example; 1 where it had none. ``prefix_ids`` are what the
     decoder reads before it writes ``label_ids``; no term looks at them. ``views``: the row as teachers with a view of
-    their own read it, by name; without those that are not asked about it.
+    their own read it, by name; without those that are not asked about it. ``picture``: what is read in place of
+    ``input_ids``, which are empty then.
     """
 
     example: int
@@ -70,10 +74,16 @@ class Row:
     agreement: float = 1.0
     prefix_ids: Sequence[int] = ()
     views: Mapping[str, RowView] = field(default_factory=dict)
+    picture: Picture | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids) + self.num_target_tokens
+        return self.num_input_tokens + self.num_target_tokens
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of the text, or states that an encoder makes of the picture."""
+        return _num_input_tokens(self)
 
     @property
     def num_target_tokens(self) -> int:
@@ -85,12 +95,17 @@ class Row:
         views = (ids for name in sorted(self.views) for ids in (self.views[name].input_ids, self.views[name].label_ids))
         parts = (self.input_ids, self.prefix_ids, self.label_ids, *views)
         content = array("q", [*map(len, parts), *(token for ids in parts for token in ids)]).tobytes()
-        digest = hashlib.blake2b(self.target.encode() + content, digest_size=8).digest()
+        pictures = (one.picture.content for one in (self, *self.views.values()) if one.picture is not None)
+        digest = hashlib.blake2b(self.target.encode() + content + b"".join(pictures), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
     def tokens_for(self, teacher: str) -> int:
         """Tokens that this teacher reads where it is asked about the row."""
         return self.views[teacher].num_tokens if teacher in self.views else self.num_tokens
+
+
+def _num_input_tokens(row: Row | RowView) -> int:
+    return len(row.input_ids) if row.picture is None else row.picture.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +166,10 @@ def build_rows(
             texts += written
         if not texts:
             raise DataError(_nothing_to_learn(target, label_from, len(examples)))
-        inputs, cut = view.inputs([examples[index].input for index in owners], target)
+        owning = [examples[index] for index in owners]
+        pictures, cut = view.pictures(owning, target)
+        inputs_cut += cut
+        inputs, cut = view.inputs([] if pictures else [example.input for example in owning], target)
         inputs_cut += cut
         labels, cut = view.targets(texts)
         targets_cut += cut
@@ -159,8 +177,12 @@ def build_rows(
         agreed = [answers[id].agreement if (id := examples[index].id) in answers else 1.0 for index in owners]
         shown = _shown(examples, answers, owners, target) if viewers else []
         views = _views(viewers or {}, shown, target, texts, labels)
-        parts = zip(owners, inputs, labels, agreed, views, strict=True)
-        found += [Row(i, target, ids, label, agreement, prefix, own) for i, ids, label, agreement, own in parts]
+        read = [((), picture) for picture in pictures] or [(ids, None) for ids in inputs]
+        parts = zip(owners, read, labels, agreed, views, strict=True)
+        found += [
+            Row(i, target, ids, label, agreement, prefix, own, picture)
+            for i, (ids, picture), label, agreement, own in parts
+        ]
     found.sort(key=lambda row: row.example)
     return RowSet(tuple(found), inputs_cut, targets_cut)
 

@@ -112,4 +112,4 @@ class StepSampler:
 
     def _size(self, index: int) -> tuple[str, int, int]:
         row = self._rows[index]
-        return row.target, row.num_target_tokens, len(row.input_ids)
+        return row.target, row.num_target_tokens, row.num_input_tokens

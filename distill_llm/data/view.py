@@ -1,4 +1,5 @@
-"""How the student sees an example: its prefixed input, and the target that it is to write, as token ids."""
+"""How the student sees an example: its prefixed input as token ids or as a picture, and the target that it is to write
+as token ids."""
 
 from __future__ import annotations
 
@@ -7,13 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_llm.core.example import Target
+    from distill_llm.core.example import Example, Target
+    from distill_llm.models.picture import Painter, Picture
     from distill_llm.models.spec import Prefixes, PrefixSide
 
 
 @dataclass(frozen=True, slots=True)
 class StudentView:
-    """Inputs and targets are tokenised apart, so that training and generation see the same prompt ids."""
+    """Inputs and targets are tokenised apart, so that training and generation see the same prompt ids.
+
+    ``painter``: makes the pictures of a student that reads them, and no text.
+    """
 
     tokenizer: Any
     is_encoder_decoder: bool
@@ -22,6 +27,16 @@ class StudentView:
     max_input_tokens: int
     max_target_tokens: int
     prefix_side: PrefixSide = "encoder"
+    painter: Painter | None = None
+
+    def pictures(self, examples: Sequence[Example], target: Target) -> tuple[list[Picture], int]:
+        """Pictures of each example, its prefix drawn before it on the encoder's side, and how many of them lack some of
+        their text; none for a student that reads text."""
+        if self.painter is None:
+            return [], 0
+        prefix = self.prefixes.of(target) if self.prefix_side == "encoder" else ""
+        found = [self.painter.picture(prefix + example.input, example.picture) for example in examples]
+        return found, sum(not self.painter.is_whole(picture) for picture in found)
 
     def inputs(self, texts: Sequence[str], target: Target) -> tuple[list[list[int]], int]:
         """Token ids of each input, with its prefix on the encoder's side, and how many of them had to be cut."""

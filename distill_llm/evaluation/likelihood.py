@@ -82,7 +82,7 @@ def score_labels(
 
     start = model.config.decoder_start_token_id if view.is_encoder_decoder else None
     pad = view.tokenizer.pad_token_id if view.tokenizer.pad_token_id is not None else 0
-    collate = Collator(pad, start)
+    collate = Collator(pad, start, painter=view.painter)
     rows = _rows(view, examples)
     order = sorted(range(len(rows)), key=lambda index: -rows[index].num_tokens)
     found, seconds, was_training = [0.0] * len(rows), 0.0, model.training
@@ -119,15 +119,17 @@ def log_likelihoods(model: Any, batch: Any) -> Any:
 def _rows(view: StudentView, examples: Sequence[Example]) -> list[Row]:
     from distill_llm.data.rows import Row
 
-    inputs, _ = view.inputs([example.input for example in examples], "label")
+    pictures, _ = view.pictures(examples, "label")
+    inputs, _ = view.inputs([] if pictures else [example.input for example in examples], "label")
+    read = [((), picture) for picture in pictures] or [(ids, None) for ids in inputs]
     names = sorted({choice for example in examples for choice in example.choices})
     ids, _ = view.targets(names)
     texts = {name: tuple(one) for name, one in zip(names, ids, strict=True)}
     _refuse_twins(examples, texts)
     prefix = tuple(view.decoder_prefix("label"))
     return [
-        Row(number, "label", own, texts[label], 1.0, prefix)
-        for number, (example, own) in enumerate(zip(examples, inputs, strict=True))
+        Row(number, "label", own, texts[label], 1.0, prefix, picture=picture)
+        for number, (example, (own, picture)) in enumerate(zip(examples, read, strict=True))
         for label in dict.fromkeys(example.choices)
     ]
 

@@ -58,19 +58,23 @@ def predict(
 ) -> Predictions:
     """Greedy answers, in batches of about one length. With ``mix``, ``model`` is several, which answer as one."""
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "decoder_prefix": view.decoder_prefix(target)}
-    generator = (
+    generator: Any = (
         Generator(model, view.tokenizer, **options)
         if mix is None
         else JointGenerator(model, view.tokenizer, mix, **options)
     )
-    inputs, _ = view.inputs([example.input for example in examples], target)
-    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-    texts = [""] * len(inputs)
+    pictures, _ = view.pictures(examples, target)
+    inputs, _ = view.inputs([] if pictures else [example.input for example in examples], target)
+    order = sorted(range(len(examples)), key=lambda i: -len(inputs[i]) if inputs else 0)
+    texts = [""] * len(examples)
     seconds = 0.0
     for start in range(0, len(order), batch_rows):
         part = order[start : start + batch_rows]
         began = time.perf_counter()
-        written = generator.write_ids([inputs[i] for i in part])
+        if view.painter is not None:
+            written = generator.write_pictures(view.painter.pixels([pictures[i] for i in part]))
+        else:
+            written = generator.write_ids([inputs[i] for i in part])
         seconds += time.perf_counter() - began
         for i, one in zip(part, written, strict=True):
             texts[i] = one.text

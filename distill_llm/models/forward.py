@@ -106,7 +106,7 @@ def forward(model: Any, batch: Batch, reading: Reading = LOGITS) -> Passed:
             _encoder_by_rows(outputs, encoders, batch)
             return _passed(outputs, decoders, batch["decoder_input_ids"])
     outputs = model(**inputs, **options)
-    num_rows, width = batch.get("decoder_input_ids", batch["input_ids"]).shape
+    num_rows, width = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"].shape
     return Passed(outputs, (num_rows, width))
 
 

@@ -1,11 +1,11 @@
 """Text from a model: the one generation loop of teachers and students.
 
-B rows, T positions.
+B rows, T positions, C channels, H and W rows and columns of pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,7 @@ from distill_llm.models.sampling import StepScores, TokenChooser
 from distill_llm.models.stopping import StopTexts, first_stop, tokens_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 Item = TypeVar("Item")
@@ -100,20 +100,35 @@ class Generator:
 
     def write_ids(self, prompts: Sequence[Sequence[int]], draws: Sequence[str] = ()) -> list[Written]:
         """The same for prompts that are token ids."""
+        return self._write(lambda: self._inputs(prompts), [len(prompt) for prompt in prompts], draws)
+
+    def write_pictures(self, pixels: Float[Tensor, "B C H W"], draws: Sequence[str] = ()) -> list[Written]:
+        """What a vision model writes of pictures; nothing is said of how many tokens it read."""
+        inputs = {
+            "pixel_values": pixels.to(self._model.device, self._model.dtype),
+            "decoder_input_ids": self._begun(len(pixels)),
+        }
+        return self._write(lambda: (inputs, nullcontext()), [0] * len(pixels), draws)
+
+    def _write(
+        self,
+        read: Callable[[], tuple[dict[str, Any], AbstractContextManager[None]]],
+        lengths: Sequence[int],
+        draws: Sequence[str],
+    ) -> list[Written]:
         import torch
 
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.inference_mode():
-                inputs, within = self._inputs(prompts)
+                inputs, within = read()
                 with within:
-                    run = self._continue(inputs, draws, len(prompts))
+                    run = self._continue(inputs, draws, len(lengths))
         finally:
             self._model.train(was_training)
         return [
-            self._read(ids, len(prompt), scores)
-            for ids, prompt, scores in zip(run.tokens, prompts, run.scores, strict=True)
+            self._read(ids, length, scores) for ids, length, scores in zip(run.tokens, lengths, run.scores, strict=True)
         ]
 
     def share_prefix(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -220,12 +235,18 @@ class Generator:
             found = self._model.get_encoder()(**part).last_hidden_state
             states.append(pad(found, (0, 0, 0, width - found.size(1))))
         outputs = BaseModelOutput(last_hidden_state=torch.cat(states)[rows])
-        begin = [self._model.config.decoder_start_token_id, *self._decoder_prefix]
         return {
             "encoder_outputs": outputs,
             "attention_mask": padded["attention_mask"][rows],
-            "decoder_input_ids": padded["input_ids"].new_tensor(begin).expand(len(rows), -1),
+            "decoder_input_ids": self._begun(len(rows)),
         }
+
+    def _begun(self, rows: int) -> Int[Tensor, "B T"]:
+        """What the decoder reads before it writes."""
+        import torch
+
+        begin = [self._model.config.decoder_start_token_id, *self._decoder_prefix]
+        return torch.tensor([begin], device=self._model.device).expand(rows, -1)
 
     def _padded(self, prompts: Sequence[Sequence[int]], *, left: bool) -> dict[str, Any]:
         import torch

@@ -15,6 +15,7 @@ from distill_llm.core.features import Look, Reading, Shape, Side
 from distill_llm.models.attention import set_attention
 from distill_llm.models.forward import forward
 from distill_llm.models.peers import Peers
+from distill_llm.models.vision import blank_picture, is_vision
 
 if TYPE_CHECKING:
     from distill_llm.core.signals import Batch
@@ -23,10 +24,12 @@ _NAME, _FILE = "hint_heads", "hint_heads.safetensors"
 
 
 def shapes_of(model: Any) -> dict[Side, Shape]:
-    """Layers and width of each side of a model, found by passing one token through it."""
+    """Layers and width of each side of a model, found by passing one token (and one blank picture) through it."""
     device = next(model.parameters()).device
     one = torch.zeros(1, 1, dtype=torch.long, device=device)
     batch: Batch = {"input_ids": one, "attention_mask": one + 1}
+    if is_vision(model.config):
+        batch = {"pixel_values": blank_picture(model)}
     sides: list[Side] = ["decoder"]
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = one

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +10,25 @@ from typing import TYPE_CHECKING, Any
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
-from distill_llm.core.hub import PROBE_SECONDS, why_unreachable
 from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
+from distill_llm.models.fresh import auto_class, config_class, fresh_model
+from distill_llm.models.hub import from_hub
+from distill_llm.models.vision import (
+    MODEL_TYPE,
+    check_sections,
+    fresh_painter,
+    head_words,
+    is_vision,
+    read_painter,
+    settled,
+    with_start_token,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from distill_llm.models.spec import Bits, HubConfig, StudentSpec
+    from distill_llm.models.picture import Painter
+    from distill_llm.models.spec import Bits, StudentSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
+    painter: Painter | None = None
+    """Makes the pictures that it reads in place of text."""
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -42,24 +53,29 @@ class LoadedModel:
 def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
     """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
     if spec.config:
-        model = _fresh_model(spec.config, tokenizer, f"{where}.config")
+        model = fresh_model(spec, tokenizer, f"{where}.config")
         _set_attention(model, spec, where)
-        return LoadedModel(model, tokenizer)
+        painter = fresh_painter(spec.picture, model.config, where=where) if spec.picture else None
+        return LoadedModel(model, tokenizer, painter)
     if spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")
     else:
         model = _quantized_student(spec, where)
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > head_words(model.config):
         raise ConfigError(
-            f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has {model.config.vocab_size}. "
-            "Remove `tokenizer` to use the model's own."
+            f"{where}.tokenizer: it has {len(tokenizer)} entries, but the model's head has "
+            f"{head_words(model.config)}. Remove `tokenizer` to use the model's own."
         )
     _set_attention(model, spec, where)
     if spec.lora is not None:
         from distill_llm.models.lora import add_lora
 
         model = add_lora(model, spec.lora, spec.revision)
-    return LoadedModel(model, tokenizer)
+    if spec.picture is None:
+        return LoadedModel(model, tokenizer)
+    return LoadedModel(
+        model, tokenizer, read_painter(spec.picture, spec.model, spec.revision, model.config, where=where)
+    )
 
 
 def _quantized_student(spec: StudentSpec, where: str) -> Any:
@@ -98,10 +114,23 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
 
     Loads no weights.
     """
+    if spec.picture is not None:
+        from distill_llm.models.picture import check_pillow
+
+        check_pillow(f"{where}.picture")
     if spec.config:
-        is_encoder_decoder = bool(getattr(_config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
+        is_encoder_decoder = bool(getattr(config_class(spec.config, f"{where}.config")(), "is_encoder_decoder", False))
+        if spec.picture is not None:
+            check_sections(spec.config, spec.picture, f"{where}.config")
     else:
-        is_encoder_decoder = bool(read_config(spec.model, spec.revision, where=f"{where}.model").is_encoder_decoder)
+        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        is_encoder_decoder = bool(config.is_encoder_decoder)
+        if is_vision(config) != (spec.picture is not None):
+            reads, do = ("pictures", "add") if is_vision(config) else ("text", "remove")
+            raise ConfigError(
+                f"{where}.model: '{spec.model}' ({config.model_type}) reads {reads}: {do} `{where}.picture`. Pictures "
+                f"are read by models of the type {MODEL_TYPE}."
+            )
     if spec.prefix_side == "decoder" and not is_encoder_decoder:
         raise ConfigError(
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
@@ -120,7 +149,7 @@ def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
     import torch
 
     with torch.device("meta"):
-        return LoadedModel(_fresh_model(spec.config, tokenizer, f"{where}.config"), tokenizer).num_parameters
+        return LoadedModel(fresh_model(spec, tokenizer, f"{where}.config"), tokenizer).num_parameters
 
 
 def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> Any:
@@ -129,9 +158,9 @@ def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "stude
 
     with torch.device("meta"):
         if spec.config:
-            return _fresh_model(spec.config, tokenizer, f"{where}.config")
+            return fresh_model(spec, tokenizer, f"{where}.config")
         config = read_config(spec.model, spec.revision, where=f"{where}.model")
-        model = _auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
         if spec.lora is not None:
             from distill_llm.models.lora import add_lora
 
@@ -153,7 +182,7 @@ def load_tokenizer(spec: StudentSpec, training_text: Iterable[str], *, where: st
 def read_tokenizer(source: str, revision: str = "main", *, where: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, source, revision, where=where, what="tokenizer")
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, source, revision, where=where, what="tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -167,7 +196,7 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
         from distill_llm.models.lora import base_of
 
         return read_config(*base_of(source), where=f"{where} (base of the adapter)")
-    return _from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config")
+    return with_start_token(from_hub(AutoConfig.from_pretrained, source, revision, where=where, what="config"))
 
 
 def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
@@ -177,8 +206,9 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
-    model_class = _auto_class(config)
-    return _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+    model_class = auto_class(config)
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+    return settled(model, where)
 
 
 def load_on(
@@ -199,15 +229,15 @@ def load_on(
         return load_model(source, revision, where=where, dtype=dtype).to(device)
     check_bits(source, load_in, where=where)
     dtype = dtype_beside(load_in) if dtype == "auto" else dtype
-    model_class = _auto_class(read_config(source, revision, where=where))
+    model_class = auto_class(read_config(source, revision, where=where))
     options = {
         "quantization_config": bits_config(load_in, computes_in or dtype),
         "device_map": {"": device},
         "dtype": dtype,
     }
-    model = _from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", **options)
     keep_layout(model)
-    return model
+    return settled(model, where)
 
 
 def check_bits(source: str, load_in: Bits, *, where: str) -> None:
@@ -278,7 +308,7 @@ def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
 
     config = read_config(source, revision, where=where)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -317,106 +347,3 @@ def check_weights(source: str, *, where: str) -> None:
 def is_adapter(source: str) -> bool:
     """Whether a folder holds an adapter, which needs its base."""
     return (Path(source).expanduser() / "adapter_config.json").is_file()
-
-
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _from_hub(load: Any, source: str, revision: str, *, where: str, what: str, **options: Any) -> Any:
-    if _looks_like_path(source) and not Path(source).expanduser().is_dir():
-        raise ConfigError(
-            f"{where}: there is no folder '{source}'. Expected a Hub id such as google/t5-v1_1-base or an existing "
-            "folder with a Hugging Face model; if another recipe makes it, run that one first."
-        )
-    is_local = _looks_like_path(source)
-    trouble = None if is_local else _why_unreachable(source)
-    if trouble:
-        options["local_files_only"] = True
-    try:
-        return load(str(Path(source).expanduser()) if is_local else source, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if trouble:
-            reason = f"the Hub cannot be reached ({trouble}) and no copy is in the cache."
-        raise ConfigError(
-            f"{where}: cannot load the {what} of '{source}' (revision {revision}): {reason} Check the spelling of the "
-            "Hub id, the network, and `hf auth login` for a gated model, or give a local folder."
-        ) from None
-
-
-@functools.cache
-def _why_unreachable(model: str) -> str | None:
-    """Why the Hub says nothing of this model; an answer, even a bad one, is left to loading to explain."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return why_unreachable(lambda: HfApi().model_info(model, timeout=PROBE_SECONDS))
-    except HfHubHTTPError:
-        return None
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).is_dir()
-
-
-def _fresh_model(config: HubConfig, tokenizer: Any, where: str) -> Any:
-    """A model with random weights. The vocabulary's size and special tokens come from the tokenizer."""
-    hf_config = _fresh_config(config, tokenizer, where)
-    model = _auto_class(hf_config).from_config(hf_config)
-    if hf_config.model_type == "t5":
-        _spread_relative_bias(model)
-    return model
-
-
-def _config_class(config: HubConfig, where: str) -> Any:
-    """The config class of ``config``'s model type, all of whose keys it knows."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = str(config["model_type"])
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
-        raise ConfigError(
-            f"{where}.model_type: '{model_type}' is not a model type of transformers."
-            + (f" Did you mean '{near[0]}'?" if near else "")
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    known = ["model_type", *inspect.signature(config_class).parameters, *config_class.attribute_map]
-    for key in config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{where}.{key}: {config_class.__name__} has no such setting."
-                + (f" Did you mean '{near[0]}'?" if near else "")
-            )
-    return config_class
-
-
-def _fresh_config(config: HubConfig, tokenizer: Any, where: str) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
-    config_class = _config_class(config, where)
-    sizes = {key: value for key, value in config.items() if key != "model_type"}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    special["bos_token_id"] = tokenizer.bos_token_id
-    if getattr(config_class(), "is_encoder_decoder", False):
-        special["decoder_start_token_id"] = tokenizer.pad_token_id
-    try:
-        return config_class(**{"vocab_size": len(tokenizer), **special, **sizes})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: {config_class.__name__} refuses these settings: {error}") from None
-
-
-def _spread_relative_bias(model: Any) -> None:
-    """Draws T5's relative attention bias from N(0, 1).
-
-    From its own, smaller start it moves too slowly, and small T5s learn or fail by their seed (docs/log.md).
-    """
-    import torch
-
-    for name, weight in model.named_parameters():
-        if "relative_attention_bias" in name:
-            torch.nn.init.normal_(weight)

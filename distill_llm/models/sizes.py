@@ -48,6 +48,8 @@ def sizes_between(teacher: Any, student: HubConfig, number: int) -> list[dict[st
     smallest = sizes_of(**{key: value for key, value in student.items() if key != "model_type"})
     known = [key for key in (*_WIDTH, *_HEADS, _KEY_VALUE_HEADS, *_OTHERS) if _is_size(teacher, smallest, key)]
     ends = {key: (getattr(teacher, key), getattr(smallest, key)) for key in known}
+    if not ends:
+        raise ValueError(f"a {model_type} has its sizes in sections, between which nothing is derived")
     if all(large == small for large, small in ends.values()):
         raise ValueError("teacher and student have the same sizes")
     found = []

@@ -58,6 +58,23 @@ class Prefixes(Component):
         return getattr(self, target)
 
 
+class PictureSpec(Component):
+    """What a model sees in place of text: black letters on white, or the example's own image."""
+
+    source: Literal["text", "data"] = Field(
+        default="text", description="text: the input is drawn; data: each example brings its image (`fields.picture`)"
+    )
+    width: int = Field(default=384, gt=0, le=4096, description="pixels")
+    height: int = Field(default=384, gt=0, le=4096, description="pixels; what does not fit below is cut, and counted")
+    font: str = Field(
+        default="outline",
+        min_length=1,
+        description="outline: the one that Pillow brings, ASCII alone; fixed: Pillow's bitmap font, 6 x 11 pixels a "
+        "character, Latin-1 alone; or a font file",
+    )
+    font_size: int = Field(default=16, ge=4, le=512, description="of an outline font, in pixels")
+
+
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 PrefixSide = Literal["encoder", "decoder"]
 Bits = Literal["full", "8bit", "4bit"]
@@ -90,6 +107,9 @@ class StudentSpec(Component):
         default="auto", description="how attention is computed while it is trained; auto: as transformers chooses"
     )
     chat: bool = Field(default=False, description="wrap the input in the tokenizer's chat template")
+    picture: PictureSpec | None = Field(
+        default=None, description="it reads a picture of the input (vision-encoder-decoder models); absent: text"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentSpec:
@@ -113,4 +133,22 @@ class StudentSpec(Component):
             )
         if self.prefix_side == "decoder" and self.chat:
             raise ValueError("`prefix_side: decoder` is for encoder-decoder students, `chat` for decoder-only ones")
+        self._pictures_fit()
         return self
+
+    def _pictures_fit(self) -> None:
+        sees = self.config.get("model_type") == "vision-encoder-decoder"
+        if self.config and sees != (self.picture is not None):
+            raise ValueError(
+                "a fresh model reads pictures if it is a vision-encoder-decoder, and text otherwise: "
+                + ("add `picture`" if sees else "remove `picture`, or change config.model_type")
+            )
+        if self.picture is None:
+            return
+        if self.lora is not None or self.chat:
+            raise ValueError("`lora` and `chat` are for students that read text: remove them, or `picture`")
+        if self.picture.source == "data" and self.prefix_side == "encoder":
+            raise ValueError(
+                "the prefix that tells what to write cannot be drawn into the data's own pictures: set "
+                "prefix_side: decoder"
+            )

@@ -14,6 +14,7 @@ from distill_llm.evaluation.avalanche import Avalanche, measure_avalanche
 from distill_llm.evaluation.predict import Predictions, predict
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import choose_device, load_on, read_tokenizer
+from distill_llm.models.vision import read_painter
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import max_new_tokens, student_view
 from distill_llm.schemes.stages import STUDENT
@@ -23,6 +24,7 @@ from distill_llm.teachers.frozen import Frozen
 if TYPE_CHECKING:
     from distill_llm.core.example import Example
     from distill_llm.core.progress import Progress
+    from distill_llm.models.picture import Painter
     from distill_llm.recipe.recipe import Recipe
     from distill_llm.schemes.stages import Stage
     from distill_llm.teachers.base import TensorTeacherSpec
@@ -88,32 +90,37 @@ class _Asked:
         return False
 
     def alone(self, name: str, spec: TensorTeacherSpec) -> Right:
-        model, tokenizer = self._load(name, spec)
-        return self._answers(name, model, tokenizer)
+        model, tokenizer, painter = self._load(name, spec)
+        return self._answers(name, model, tokenizer, painter)
 
     def together(self, name: str, spec: TensorTeacherSpec, stage: Stage) -> Right | None:
-        """None where one of the members cannot be asked."""
+        """None where one of the members cannot be asked, or where all read pictures."""
         assert isinstance(spec, Ensemble)
+        if self.recipe.student.picture is not None:
+            self.progress.say(f"error avalanche: {name} is left out: several models are asked as one about text alone")
+            return None
         members = [(member, stage.teachers[member]) for member in spec.members()]
         if not all(self.can_be(member, one) for member, one in members):
             return None
         loaded = [self._load(member, one) for member, one in members]
         weights = spec.weights or (1.0,) * len(members)
         mix = partial(mixed, weights=weights, mean=spec.mean, by=spec.by)
-        return self._answers(name, [model for model, _ in loaded], loaded[0][1], mix)
+        return self._answers(name, [model for model, _, _ in loaded], loaded[0][1], None, mix)
 
-    def _load(self, name: str, spec: TensorTeacherSpec) -> tuple[Any, Any]:
+    def _load(self, name: str, spec: TensorTeacherSpec) -> tuple[Any, Any, Painter | None]:
         assert isinstance(spec, Frozen)
         where = f"teachers.{name}"
         device = default_device() if spec.device == "auto" else choose_device(spec.device, where=f"{where}.device")
         model = load_on(device, spec.model, spec.revision, where=where, dtype=spec.dtype, load_in=spec.load_in)
-        return model, read_tokenizer(spec.model, spec.revision, where=where)
+        picture = self.recipe.student.picture
+        painter = read_painter(picture, spec.model, spec.revision, model.config, where=where) if picture else None
+        return model, read_tokenizer(spec.model, spec.revision, where=where), painter
 
-    def _answers(self, name: str, model: Any, tokenizer: Any, mix: Any = None) -> Right:
+    def _answers(self, name: str, model: Any, tokenizer: Any, painter: Painter | None, mix: Any = None) -> Right:
         one = model if mix is None else model[0]
         predictions = predict(
             model,
-            student_view(self.recipe, tokenizer, one.config.is_encoder_decoder),
+            student_view(self.recipe, tokenizer, one.config.is_encoder_decoder, painter),
             self.examples,
             task=self.recipe.task,
             target=read_json(self.run.result(STUDENT))["target"],

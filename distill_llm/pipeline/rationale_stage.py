@@ -14,6 +14,7 @@ from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import Progress
 from distill_llm.models.load import check_student
 from distill_llm.pipeline.asking import Asked, Asking, drop, hear_of_dropped, prices_of
+from distill_llm.pipeline.pictures import check_pictures
 from distill_llm.pipeline.publish import write_card
 from distill_llm.pipeline.rationale_checks import check_teacher, without_exemplars
 from distill_llm.pipeline.run_folder import RunFolder
@@ -80,6 +81,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
 
 def check_training(recipe: Recipe, splits: Splits) -> None:
     """Finds what only training needs: the student, teachers of signals, and what they read."""
+    check_pictures(recipe, splits)
     check_views(without(recipe, failing_teachers(recipe)), splits.train)
     _check_students(recipe)
     recipe.scheme.check(recipe)

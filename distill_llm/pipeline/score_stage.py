@@ -20,6 +20,8 @@ from distill_llm.evaluation.predict import Predictions
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
 from distill_llm.models.generate import default_device
 from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
+from distill_llm.models.picture import Painter
+from distill_llm.models.vision import read_painter
 from distill_llm.pipeline.avalanche_stage import avalanche_of, save_predictions
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
@@ -123,7 +125,8 @@ def _score_arm(
     folder = str(run.model(arm))
     model = load_model(folder, where=f"arm {arm}").to(default_device())
     tokenizer = read_tokenizer(folder, where=f"arm {arm}")
-    name, view = arm.replace("_", " "), student_view(recipe, tokenizer, model.config.is_encoder_decoder)
+    painter = _painter(recipe, folder, model.config, arm)
+    name, view = arm.replace("_", " "), student_view(recipe, tokenizer, model.config.is_encoder_decoder, painter)
     test = material.splits.test
     predictions, scores = answers(recipe, model, view, test, trained["target"], progress=progress, name=f"test, {name}")
     plain = predictions
@@ -172,6 +175,11 @@ def _bias(
         how = f"fitted on {len(known):,} validation examples, of which {after:,} are right with it, {before:,} without"
     offsets = ", ".join(f"{label} {offset:+.2f}" for label, offset in bias.items())
     return bias, f"{name}: label_bias in nats: {offsets} ({how})."
+
+
+def _painter(recipe: Recipe, folder: str, config: Any, arm: str) -> Painter | None:
+    picture = recipe.student.picture
+    return read_painter(picture, folder, "main", config, where=f"arm {arm}") if picture is not None else None
 
 
 def _agree_with_metric(recipe: Recipe, material: Material, predictions: Predictions, right: list[bool]) -> None:

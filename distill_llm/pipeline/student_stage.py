@@ -14,7 +14,9 @@ from distill_llm.core.files import read_json, storage, write_json
 from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
 from distill_llm.data.rows import RowSet, build_rows, target_texts
+from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, load_tokenizer, parameters_of, read_tokenizer
+from distill_llm.models.vision import decoder_positions
 from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
 from distill_llm.pipeline.plan_facts import write_plan
 from distill_llm.pipeline.rationale_stage import Material
@@ -39,7 +41,8 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     main_first(lambda: _save_tokenizer(recipe, material, run))
     student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
     check_chat(recipe, student.tokenizer)
-    view = student_view(recipe, student.tokenizer, student.is_encoder_decoder)
+    view = student_view(recipe, student.tokenizer, student.is_encoder_decoder, student.painter)
+    check_positions(recipe, student.model.config, view)
     rows = build_rows(
         material.splits.train,
         material.answers,
@@ -153,6 +156,18 @@ def check_chat(recipe: Recipe, tokenizer: Any) -> None:
     """Raises ConfigError where the recipe wants a chat template that the tokenizer has not."""
     if recipe.student.chat and not tokenizer.chat_template:
         raise ConfigError("student.chat: the tokenizer has no chat template. Set student.chat=false.")
+
+
+def check_positions(recipe: Recipe, config: Any, view: StudentView) -> None:
+    """Raises ConfigError where the decoder of a student that reads pictures has fewer positions than a target takes."""
+    positions = decoder_positions(config) if recipe.student.picture is not None else None
+    prefix = max(len(view.decoder_prefix(target)) for target in needed_targets(recipe))
+    longest = recipe.train.max_target_tokens + prefix
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"train.max_target_tokens: {longest} tokens with the prefix, but the student's decoder has {positions} "
+            f"positions. Set it to {positions - prefix} at most, or give a fresh decoder more of them."
+        )
 
 
 def _save_tokenizer(recipe: Recipe, material: Material, run: RunFolder) -> None:

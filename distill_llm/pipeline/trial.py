@@ -16,8 +16,9 @@ from distill_llm.pipeline.arms import Arm
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.on_policy import OnPolicy
-from distill_llm.teachers.base import DeepTeacher, StudentFacts
+from distill_llm.teachers.base import DeepTeacher
 from distill_llm.teachers.frozen import Frozen
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.teachers.viewed import viewed
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from distill_llm.data.rows import Row
     from distill_llm.evaluation.likelihood import LabelScores
     from distill_llm.evaluation.predict import Predictions
+    from distill_llm.models.picture import Painter
     from distill_llm.recipe.train import TrainSpec
     from distill_llm.teachers.base import TensorTeacher
     from distill_llm.training.trainer import DistillTrainer
@@ -49,7 +51,9 @@ class Trial:
         return f"{self.arm.name.replace('_', ' ')}{tuned}"
 
 
-def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> StudentView:
+def student_view(
+    recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool, painter: Painter | None = None
+) -> StudentView:
     return StudentView(
         tokenizer=tokenizer,
         is_encoder_decoder=is_encoder_decoder,
@@ -58,6 +62,7 @@ def student_view(recipe: Recipe, tokenizer: Any, is_encoder_decoder: bool) -> St
         max_input_tokens=recipe.train.max_input_tokens,
         max_target_tokens=recipe.train.max_target_tokens,
         prefix_side=recipe.student.prefix_side,
+        painter=painter,
     )
 
 
@@ -163,6 +168,7 @@ def _facts(student: LoadedModel) -> StudentFacts:
         is_encoder_decoder=student.is_encoder_decoder,
         device=str(student.model.device),
         model=student.model,
+        picture=student.painter.shape if student.painter is not None else None,
     )
 
 
@@ -234,7 +240,7 @@ def _validator(trial: Trial, student: LoadedModel) -> Callable[[Any], dict[str, 
     from distill_llm.core.processes import my_share, summed
     from distill_llm.core.progress import SILENT
 
-    view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder)
+    view = student_view(trial.recipe, student.tokenizer, student.is_encoder_decoder, student.painter)
     scheme = trial.recipe.scheme
 
     def accuracy(model: Any) -> float:

@@ -15,11 +15,13 @@ from distill_llm.data.alignment import places_by_position, places_by_text, token
 from distill_llm.data.rows import Row, RowView
 from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, context_tokens
+from distill_llm.models.picture import Painter, Picture, check_image
 from distill_llm.models.prompt_tokens import prompt_ids
 from distill_llm.rationales.prompts import Prompter, hinted, make_prompter
 from distill_llm.tasks.wording import bare_question
 from distill_llm.teachers.base import Prompt, with_members
 from distill_llm.teachers.prompt import PromptSpec
+from distill_llm.teachers.student import reads_otherwise
 from distill_llm.teachers.view import PLACES, Reader, TeacherView
 
 if TYPE_CHECKING:
@@ -47,13 +49,20 @@ class TeacherViewer:
     ) -> list[RowView | None]:
         """None for an example without what the view tells of it. Raises DataError where one is too long."""
         found: list[RowView | None] = []
+        prefix = decoder_prefix(self.recipe, self.reader, target)
         for example, (own, places) in zip(examples, self._targets(texts, labels), strict=True):
             if not _may_be_told(self.reader.view, example):
                 found.append(None)
                 continue
+            where = f"teachers.{self.name}.view: example '{example.id}'"
+            if self.reader.painter is not None:
+                prompt = render(self.recipe, self.reader.view, self.prompter, example, target)
+                picture = picture_of(self.reader.painter, prompt, example, where)
+                found.append(RowView((), own, places, prefix, picture))
+                continue
             inputs = self._inputs(example, target)
-            _check_length(inputs, own, self.reader, f"teachers.{self.name}.view: example '{example.id}'")
-            found.append(RowView(inputs, own, places))
+            _check_length(inputs, own, self.reader, where)
+            found.append(RowView(inputs, own, places, prefix))
         return found
 
     def _inputs(self, example: Example, target: Target) -> array[int]:
@@ -109,6 +118,7 @@ def make_viewers(recipe: Recipe, student: LoadedModel, view: StudentView) -> dic
 
 def check_views(recipe: Recipe, examples: Sequence[Example]) -> None:
     """Raises ConfigError or DataError where a teacher's view of training examples cannot be had. Loads no weights."""
+    _check_modalities(recipe)
     for name, prompter in view_prompters(recipe).items():
         view, where = recipe.teachers[name].own_view(), f"teachers.{name}.view"
         if view is None or not is_asked(recipe, name):
@@ -122,8 +132,21 @@ def check_views(recipe: Recipe, examples: Sequence[Example]) -> None:
         _check_tokenizer(reader, name)
         for example in heapq.nlargest(_LONGEST, known, key=lambda example: len(example.prompt)):
             for target in targets_asked(recipe, name):
-                ids = input_ids(reader, render(recipe, view, prompter, example, target))
+                prompt = render(recipe, view, prompter, example, target)
+                if reader.painter is not None:
+                    picture_of(reader.painter, prompt, example, f"{where}: example '{example.id}'")
+                    continue
+                ids = input_ids(reader, prompt)
                 _check_length(ids, (), reader, f"{where}: example '{example.id}'")
+
+
+def _check_modalities(recipe: Recipe) -> None:
+    """Raises ConfigError where a teacher without a view reads text and the student pictures, or the other way round."""
+    for name, teacher in recipe.teachers.items():
+        if is_asked(recipe, name) and teacher.own_view() is None:
+            sees = teacher.sees()
+            if sees is not None and sees != (recipe.student.picture is not None):
+                raise ConfigError(reads_otherwise(f"teachers.{name}", teacher_sees=sees))
 
 
 def view_prompters(recipe: Recipe) -> dict[str, Prompter]:
@@ -148,7 +171,8 @@ def render(recipe: Recipe, view: TeacherView, prompter: Prompter, example: Examp
     if told:
         answer = " ".join(told)
         question, text = (hinted(view.hint, asked, answer) for asked in (bare_question(example.prompt), text))
-    parts = {"prompt": prompter.question(example, question), "input": recipe.student.prefixes.of(target) + text}
+    prefix = recipe.student.prefixes.of(target) if view.prefix_side == "encoder" else ""
+    parts = {"prompt": prompter.question(example, question), "input": prefix + text}
     return prompter.framed(PLACES.sub(lambda found: parts[found[1]], view.template))
 
 
@@ -159,6 +183,33 @@ def input_ids(reader: Reader, prompt: Prompt) -> list[int]:
         prompt = f"{prompt}\n"
     ids = prompt_ids(reader.tokenizer, prompt)
     return ids[:-1] if continued and ids and ids[-1] == reader.tokenizer.eos_token_id else ids
+
+
+def picture_of(painter: Painter, prompt: Prompt, example: Example, where: str) -> Picture:
+    """What a teacher sees. Raises DataError where some of it would be missing."""
+    assert isinstance(prompt, str), "a chat is not drawn: the view was checked"
+    if painter.spec.source == "data":
+        check_image(example.picture, where)
+    picture = painter.picture(prompt, example.picture)
+    if not painter.is_whole(picture):
+        unknown = painter.unknown(prompt)
+        what = f"has the characters {unknown[:8]}, which its font lacks" if unknown else "has no room for its text"
+        raise DataError(f"{where} makes a picture that {what}. Change `picture` (size, font), or the view's text.")
+    return picture
+
+
+def decoder_prefix(recipe: Recipe, reader: Reader, target: Target) -> Sequence[int]:
+    """What a teacher's decoder reads before the target, as the view of a student of its kind has it."""
+    view = StudentView(
+        tokenizer=reader.tokenizer,
+        is_encoder_decoder=True,
+        prefixes=recipe.student.prefixes,
+        chat=False,
+        max_input_tokens=reader.view.max_input_tokens,
+        max_target_tokens=sys.maxsize,
+        prefix_side=reader.view.prefix_side,
+    )
+    return view.decoder_prefix(target)
 
 
 def is_asked(recipe: Recipe, name: str) -> bool:
@@ -257,6 +308,8 @@ def _check_room(inputs: int, new: int, context: int | None, whose: str) -> None:
 
 
 def _check_tokenizer(reader: Reader, name: str) -> None:
+    if reader.view.prefix_side == "decoder" and not reader.config.is_encoder_decoder:
+        raise ConfigError(f"teachers.{name}.view.prefix_side: the teacher is decoder-only. Remove it.")
     if reader.view.style == "chat" and not reader.tokenizer.chat_template:
         raise ConfigError(
             f"teachers.{name}.view.style: chat: the teacher's tokenizer has no chat template. Set style: text."

@@ -118,6 +118,7 @@ class Recipe(Component):
                 "wrong there: label and rationale would contradict each other. Set label_from: gold, or "
                 "gold_else_teacher"
             )
+        self._pictures_are_read()
         self._scheme_fits()
         self._ablations_exist()
         return self
@@ -141,6 +142,39 @@ class Recipe(Component):
                 raise ValueError(
                     f"objective.{term.name}.targets: {list(term.targets)} need rationales, but the recipe has no "
                     "`rationales` section. Add one (kind gold takes the data's own), or keep to targets: [label]"
+                )
+
+    def _pictures_are_read(self) -> None:
+        """What students that see pictures cannot do, and what teachers that are made of the student cannot."""
+        picture = self.student.picture
+        for name, teacher in self.teachers.items():
+            view = teacher.own_view()
+            if view is not None and view.picture is not None and self.scheme.writes:
+                raise ValueError(
+                    f"teachers.{name}.view.picture: where the student writes (scheme), a teacher reads that behind the "
+                    "text that it read before, which a picture is not. Remove `picture`, or take kind: step_by_step"
+                )
+            if view is None or not teacher.moves:
+                continue
+            if (view.picture is None) != (picture is None):
+                reads, do = ("pictures", "add `picture` to") if picture else ("text", "remove `picture` from")
+                raise ValueError(f"teachers.{name}.view: it is the student, which reads {reads}: {do} the view")
+        if picture is None:
+            return
+        if self.scheme.writes or len(self.scheme.learners) > 1:
+            raise ValueError(
+                "student.picture: schemes in which the student writes (on_policy) or several learn at once (mutual, "
+                "self_distill) are for students that read text. Take kind: step_by_step, or remove `picture`"
+            )
+        if self.train.packing == "always":
+            raise ValueError(
+                "train.packing: always: pictures are all of one size, and go through side by side. Set packing: auto"
+            )
+        for term in self.objective:
+            if term.side == "encoder":
+                raise ValueError(
+                    f"objective.{term.name}.loss: it compares an encoder's states at the tokens of the input, and a "
+                    "picture has none. Take `of: decoder` or a loss on logits"
                 )
 
     def _ablations_exist(self) -> None:

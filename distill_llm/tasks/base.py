@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from abc import abstractmethod
@@ -103,7 +104,15 @@ class Task(Component):
 
 
 def _inputs(examples: Sequence[Example]) -> set[str]:
-    return {normalise_text(example.input) for example in examples}
+    return {_seen(example) for example in examples}
+
+
+def _seen(example: Example) -> str:
+    """What makes two inputs the same: the text, and the picture where the data has one."""
+    text, picture = normalise_text(example.input), example.picture
+    if not picture:
+        return text
+    return f"{text} [picture {picture if isinstance(picture, str) else hashlib.sha256(picture).hexdigest()}]"
 
 
 def _refuse_overlap(found: Mapping[str, list[Example]], where: str) -> None:
@@ -120,7 +129,7 @@ def _drop_overlap(found: dict[str, list[Example]]) -> None:
     """Test keeps all of its examples; validation loses those of test, train those of both."""
     held_out = _inputs(found["test"])
     for name in ("validation", "train"):
-        found[name] = [example for example in found[name] if normalise_text(example.input) not in held_out]
+        found[name] = [example for example in found[name] if _seen(example) not in held_out]
         held_out |= _inputs(found[name])
 
 

@@ -90,8 +90,11 @@ def _load(name: str, config: str | None) -> DatasetDict:
 
 
 def _rows(split: Dataset) -> list[dict[str, Any]]:
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Image
 
+    for name, feature in split.features.items():
+        if isinstance(feature, Image):  # its content, and not what Pillow makes of it
+            split = split.cast_column(name, Image(decode=False))
     rows: list[dict[str, Any]] = split.to_list()
     for name, feature in split.features.items():
         if isinstance(feature, ClassLabel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -23,13 +24,16 @@ _MAX_CHOICES = 26
 
 
 class Fields(Component):
-    """Which column holds what. ``input`` may be several columns, one line each; None: the data has no such column."""
+    """Which column holds what. ``input`` may be several columns, one line each; None: the data has no such column.
+    ``picture``: an image, or the path of an image file, seen from the folder of the data's file.
+    """
 
     input: tuple[str, ...] = ()
     label: str | None = "label"
     id: str | None = None
     rationale: str | None = None
     choices: str | None = None
+    picture: str | None = None
 
     @field_validator("input", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
@@ -170,7 +174,17 @@ class Jsonl(Task):
             label=label,
             rationale=row.optional(self.fields.rationale) if self.fields.rationale else None,
             choices=choices,
+            picture=self._picture(row),
         )
+
+    def _picture(self, row: Row) -> str | bytes:
+        if self.fields.picture is None:
+            return ""
+        image = row.image(self.fields.picture)
+        if isinstance(image, bytes) or image.startswith("/"):
+            return image
+        file = Path(row.where)  # of a file, its path
+        return str(file.parent / image) if file.is_file() else image
 
     def _question(self, row: Row) -> str:
         if self.template is None:

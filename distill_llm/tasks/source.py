@@ -61,6 +61,19 @@ class Row(dict[str, Any]):
             )
         return None if value is None or not str(value).strip() else str(value)
 
+    def image(self, name: str) -> str | bytes:
+        """A field that must be an image: its content, or the path of a file."""
+        value = self.get(name)
+        if isinstance(value, dict):  # as `datasets` and Parquet files of the Hub hold images
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, str | bytes) or not value:
+            came = f"is a {type(value).__name__}" if name in self else f"is missing; the row has {sorted(self)}"
+            raise DataError(
+                f"{self.where}, row {self.number}: the field '{name}' {came}. Expected an image, or the path of an "
+                "image file: fill it in, or name another field."
+            )
+        return value
+
     def texts(self, name: str) -> tuple[str, ...]:
         """A field that must be a list of texts, or such a list written as JSON."""
         value = self.get(name)

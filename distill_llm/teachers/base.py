@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, r
 from pydantic import Field
 
 from distill_llm.core.component import Component
-from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import TARGETS, Target
 from distill_llm.core.features import LOGITS, Reading, Shape, Side
 from distill_llm.losses.layers import FeatureLoss
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from distill_llm.losses.base import TermLoss
     from distill_llm.tasks.base import Task
     from distill_llm.teachers.several import Member
+    from distill_llm.teachers.student import StudentFacts
     from distill_llm.teachers.view import Reader, TeacherView
 
 
@@ -330,6 +330,10 @@ class TensorTeacherSpec(Component):
         """
         return None
 
+    def sees(self) -> bool | None:
+        """Whether its model reads pictures; None where it is the student's, or that of those that it is made of."""
+        return None
+
     @abstractmethod
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         """Loads the teacher, and checks that its words are the student's. ``members`` are open, in their order."""
@@ -347,46 +351,3 @@ def with_members(teachers: Mapping[str, TensorTeacherSpec], name: str) -> list[s
     if name not in teachers:
         return [name]
     return [name, *(below for member in teachers[name].made_of() for below in with_members(teachers, member))]
-
-
-@dataclass(frozen=True, slots=True)
-class StudentFacts:
-    """What a tensor teacher must agree with. ``model`` is the student itself, for a teacher that is made of it."""
-
-    vocabulary: dict[str, int]
-    is_encoder_decoder: bool
-    device: str
-    model: Any = None
-
-    @property
-    def width(self) -> int:
-        """Words that a loss compares: entries of a head beyond the tokenizer's mean nothing, and differ by model."""
-        return max(self.vocabulary.values()) + 1
-
-    def must_share(self, vocabulary: dict[str, int], config: Any, where: str) -> None:
-        """Raises ConfigError where families or token ids differ: losses would compare other words."""
-        if config.is_encoder_decoder != self.is_encoder_decoder:
-            names = {True: "an encoder-decoder", False: "decoder-only"}
-            raise ConfigError(
-                f"{where}: the teacher is {names[config.is_encoder_decoder]}, the student is "
-                f"{names[self.is_encoder_decoder]}. A loss on logits needs two models of one family; give the teacher "
-                "`own_tokenizer: true` and the term the loss universal_logit, or teach by rationales (text)."
-            )
-        if vocabulary != self.vocabulary:
-            different = [word for word, index in self.vocabulary.items() if vocabulary.get(word) != index]
-            raise ConfigError(
-                f"{where}: teacher and student have different vocabularies ({len(vocabulary)} and "
-                f"{len(self.vocabulary)} entries; {len(different)} of the student's are missing or elsewhere, such as "
-                f"{different[:3]}). Give the student the teacher's tokenizer (`student.tokenizer`), or the teacher "
-                "`own_tokenizer: true` and the term the loss universal_logit, or teach by text."
-            )
-        check_head(config, self.width, where=where)
-
-
-def check_head(config: Any, width: int, *, where: str) -> None:
-    """Raises ConfigError where a teacher's head is too small for the ``width`` words of its tokenizer."""
-    if config.vocab_size < width:
-        raise ConfigError(
-            f"{where}: the teacher's head has {config.vocab_size} entries, its tokenizer {width}: some words "
-            "have no logit. Choose a tokenizer that belongs to the model."
-        )

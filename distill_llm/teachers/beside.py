@@ -87,7 +87,10 @@ class ModelBeside:
 
     def _brought(self, batch: Batch) -> Batch:
         near = self._device
-        return {name: column.to(near) for name, column in batch.items()}
+        found = {name: column.to(near) for name, column in batch.items()}
+        if "pixel_values" in found:
+            found["pixel_values"] = found["pixel_values"].to(self._model.dtype)
+        return found
 
 
 def _brought_home(features: Mapping[Side, Features], home: device) -> dict[Side, Features]:

@@ -19,7 +19,8 @@ from distill_llm.core.component import any_of
 from distill_llm.core.errors import ConfigError, StorageError
 from distill_llm.core.schedule import Schedule
 from distill_llm.core.signals import Batch, LazySignals, Signals, aligned_labels, signals_of, tokens_of
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from distill_llm.cache.shards import Array, Shards

@@ -11,8 +11,9 @@ from pydantic import PrivateAttr
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Target
-from distill_llm.teachers.base import Sampling, StudentFacts, TensorTeacher, TensorTeacherSpec, TextTeacherSpec
+from distill_llm.teachers.base import Sampling, TensorTeacher, TensorTeacherSpec, TextTeacherSpec
 from distill_llm.teachers.cached import CachedWords
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from distill_llm.losses.base import TermLoss

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.teachers.view import Reader, TeacherView
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ class Ema(TensorTeacherSpec):
     def reader(self, student: Any = None) -> Reader | None:
         if self.view is None or student is None:
             return None
-        return Reader(self.view, student.tokenizer, student.model.config, "")
+        painter = (
+            student.painter.as_seen(self.view.picture, "teachers: ema: view.picture") if self.view.picture else None
+        )
+        return Reader(self.view, student.tokenizer, student.model.config, "", painter)
 
     def open(self, student: StudentFacts, members: Sequence[TensorTeacher] = ()) -> TensorTeacher:
         assert student.model is not None, "an ema teacher is a copy of StudentFacts.model"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from distill_llm.core.signals import Batch, LazySignals, Signals
-from distill_llm.teachers.base import LazyTeacher, StudentFacts, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.base import LazyTeacher, TensorTeacher, TensorTeacherSpec
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -7,8 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from distill_llm.teachers.base import StudentFacts, TensorTeacher, TensorTeacherSpec, check_head
+from distill_llm.core.errors import ConfigError
+from distill_llm.models.vision import is_vision, read_painter
+from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
+from distill_llm.teachers.student import StudentFacts, check_head
 from distill_llm.teachers.view import AS_THE_STUDENT, Reader, TeacherView
 
 
@@ -59,12 +62,24 @@ class Frozen(TensorTeacherSpec):
         view = self.own_view()
         if view is None:
             return None
+        config = read_config(self.model, self.revision, where=self._where)
+        if is_vision(config) != (view.picture is not None):
+            reads, do = ("pictures", "Add") if is_vision(config) else ("text", "Remove")
+            raise ConfigError(f"{self._where}: its view: the model reads {reads}. {do} `picture` there.")
         return Reader(
             view,
             read_tokenizer(self.model, self.revision, where=self._where),
-            read_config(self.model, self.revision, where=self._where),
+            config,
             self.align if self.own_tokenizer else "",
+            read_painter(view.picture, self.model, self.revision, config, where=f"{self._where}: view")
+            if view.picture
+            else None,
         )
+
+    def sees(self) -> bool | None:
+        from distill_llm.models.load import read_config
+
+        return is_vision(read_config(self.model, self.revision, where=self._where))
 
     def check(self) -> None:
         from distill_llm.models.load import check_bits, check_weights, choose_device, read_config
@@ -89,7 +104,7 @@ class Frozen(TensorTeacherSpec):
             width = max(vocabulary.values()) + 1
             check_head(config, width, where=where)
         else:
-            student.must_share(vocabulary, config, where=where)
+            student.must_share(vocabulary, config, where=where, own_columns=self.view is not None)
         device = student.device if self.device == "auto" else choose_device(self.device, where=f"{where}.device")
         model = load_on(device, self.model, self.revision, where=where, dtype=self.dtype, load_in=self.load_in)
         return model, width

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from distill_llm.core.component import Component
+from distill_llm.models.spec import PictureSpec, PrefixSide
+
+if TYPE_CHECKING:
+    from distill_llm.models.picture import Painter
 
 PLACES = re.compile(r"\{(prompt|input)\}")
 
@@ -38,6 +42,13 @@ class TeacherView(Component):
     style: Literal["text", "chat"] = Field(default="text", description="chat: turns, for an instruct model")
     system: str = Field(default="", description="the system message of a chat")
     max_input_tokens: int = Field(default=2048, gt=0, description="a longer prompt is refused, never cut")
+    picture: PictureSpec | None = Field(
+        default=None, description="it reads a picture of the text (vision-encoder-decoder models); absent: the text"
+    )
+    prefix_side: PrefixSide = Field(
+        default="encoder",
+        description="decoder: the student's prefix begins what the teacher's decoder reads, and is not in {input}",
+    )
 
     @field_validator("template")
     @classmethod
@@ -57,6 +68,8 @@ class TeacherView(Component):
     def _system_in_a_chat(self) -> TeacherView:
         if self.system and self.style == "text":
             raise ValueError("`system` is a message of a chat: set style: chat, or put the text into `template`")
+        if self.picture is not None and self.style == "chat":
+            raise ValueError("a chat cannot be drawn: set style: text, or remove `picture`")
         return self
 
 
@@ -68,13 +81,14 @@ class Reader:
     """How a teacher that does not read the student's columns reads a row.
 
     ``align``: how its tokens of a target find the student's, where its tokenizer is its own; empty where it is the
-    student's, and the tokens are the same.
+    student's, and the tokens are the same. ``painter``: makes the pictures of a teacher that reads them.
     """
 
     view: TeacherView
     tokenizer: Any
     config: Any
     align: Literal["", "text", "position"]
+    painter: Painter | None = None
 
     @property
     def decoder_start_token_id(self) -> int | None:

@@ -149,11 +149,18 @@ def collator_for(
     """
     pad = student.tokenizer.pad_token_id
     views = {
-        name: Collator(teacher.reader.tokenizer.pad_token_id, teacher.reader.decoder_start_token_id)
+        name: Collator(
+            teacher.reader.tokenizer.pad_token_id,
+            teacher.reader.decoder_start_token_id,
+            painter=teacher.reader.painter,
+        )
         for name, teacher in (teachers or {}).items()
         if isinstance(teacher, ViewedTeacher)
     }
     keyed = keyed or teachers is None or any(isinstance(teacher, StoredTeacher) for teacher in teachers.values())
+    if student.painter is not None:
+        begin = student.model.config.decoder_start_token_id
+        return Collator(pad, begin, keyed=keyed, views=views, painter=student.painter)
     if student.is_encoder_decoder:
         part_tokens = 0 if packing == "never" else part_tokens_for(student.model.device.type)
         begin = student.model.config.decoder_start_token_id

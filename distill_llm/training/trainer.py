@@ -21,6 +21,7 @@ from distill_llm.core.signals import Batch
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.data.sampler import StepSampler
+from distill_llm.models.checkpoint import load_renamed
 from distill_llm.models.cpu_training import quick_on_cpu
 from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
@@ -205,12 +206,14 @@ class DistillTrainer(Trainer):
             self.model.load_learned(Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_renamed(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, Peers):
             self.model.load_learned(Path(str(self.state.best_model_checkpoint)))
         else:
             super()._load_best_model()
+            load_renamed(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone: hint heads lie beside it in a checkpoint, and are left out of the finished model."""
@@ -223,6 +226,8 @@ class DistillTrainer(Trainer):
             state_dict = without_heads(cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
         save_bits(self.model, Path(output_dir or str(self.args.output_dir)))
+        if self.collator.painter is not None:
+            self.collator.painter.save(output_dir or str(self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -56,6 +56,21 @@ def test_a_score_is_what_transformers_says_of_the_text(tiny_model: Any, batch_ro
             assert scores[label] == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_a_label_behind_a_picture_is_scored_as_transformers_scores_it(tiny_vision: Any) -> None:
+    pytest.importorskip("PIL", reason="needs the extra pictures")
+    made = tiny_vision()
+    view = _view(made, painter=made.painter, prefix_side="decoder", prefixes=Prefixes(label=""))
+    found = score_labels(made.model, view, EXAMPLES, batch_rows=4, progress=SILENT, name="")
+    (pictures, _), (labels, _) = view.pictures(EXAMPLES, "label"), view.targets(list(CHOICES))
+    assert len({tuple(scores.values()) for scores in found.scores}) == len({one.text for one in pictures})
+    for picture, scores in zip(pictures, found.scores, strict=True):
+        for label, own in zip(CHOICES, labels, strict=True):
+            pixels = made.painter.pixels([picture])
+            with torch.no_grad():
+                expected = -made.model(pixel_values=pixels, labels=torch.tensor([own])).loss * len(own)
+            assert scores[label] == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_the_likeliest_is_the_answer_and_a_bias_can_change_it(tiny_t5: Any) -> None:
     made = tiny_t5()
     found = score_labels(made.model, _view(made), EXAMPLES, batch_rows=8, progress=SILENT, name="")

@@ -23,8 +23,9 @@ from distill_llm.models.load import (
 from distill_llm.models.lora import add_lora
 from distill_llm.models.spec import FreshTokenizer, LoraSpec, StudentSpec
 from distill_llm.models.tokenizer import train_tokenizer
-from distill_llm.teachers.base import Sampling, StudentFacts
+from distill_llm.teachers.base import Sampling
 from distill_llm.teachers.frozen import Frozen
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.teachers.transformers import Transformers
 
 if TYPE_CHECKING:

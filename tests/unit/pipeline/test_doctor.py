@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from distill_llm.pipeline import doctor
-from distill_llm.pipeline.doctor import Diagnosis, examine
+from distill_llm.pipeline import first_step
+from distill_llm.pipeline.diagnosis import Diagnosis
+from distill_llm.pipeline.doctor import examine
 from distill_llm.recipe.load import parse_yaml, recipe_from
 
 YAML = """
@@ -98,7 +99,7 @@ class _Learning:
 def test_a_teacher_that_is_not_still_is_an_error(
     teacher: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "open_teachers", lambda recipe, terms, student: {"big": teacher})
+    monkeypatch.setattr(first_step, "open_teachers", lambda recipe, terms, student: {"big": teacher})
     diagnosis = _examined(tmp_path)
     assert not diagnosis.may_run
     ((level, found),) = _said(diagnosis, "teacher big")

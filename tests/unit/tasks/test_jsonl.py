@@ -163,3 +163,23 @@ def test_too_many_choices_for_the_alphabet(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"row 1: 27 choices\. Expected at most 26"):
         mine.read()
+
+
+def test_pictures_of_the_data(tmp_path: Path) -> None:
+    """A path is seen from the data's file, an image in the data is its content; the same words are then two inputs."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"question": "what is this ?", "label": "a", "scan": f"{number}.png"} for number in range(20)]
+    fields = {"input": "question", "picture": "scan"}
+    splits = task(tmp_path, rows, fields=fields).load(seed=0)
+    pictures = [example.picture for part in _parts(splits).values() for example in part]
+    assert sorted(map(str, pictures)) == sorted(str(tmp_path / f"{number}.png") for number in range(20))
+    held = [{"question": "q", "label": "a", "scan": {"bytes": bytes([number]), "path": None}} for number in range(20)]
+    parquet.write_table(pa.Table.from_pylist(held), tmp_path / "held.parquet")
+    held_task = Jsonl.model_validate({"data": str(tmp_path / "held.parquet"), "fields": fields})
+    assert held_task.load(seed=0).train[0].picture in [bytes([number]) for number in range(20)]
+    with pytest.raises(DataError, match=r"row 1: the field 'scam' is missing.* Expected an image, or the path"):
+        task(tmp_path, rows, fields=fields | {"picture": "scam"}).load(seed=0)
+    with pytest.raises(DataError, match="inputs are in both"):
+        task(tmp_path, [{**row, "scan": "same.png"} for row in rows], fields=fields).load(seed=0)

@@ -153,6 +153,20 @@ def test_rows_of_the_hub_have_class_names_and_known_splits(monkeypatch: pytest.M
         read_splits("some/where", Layout({}))
 
 
+def test_images_of_the_hub_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their content, which nobody decodes before it is looked at."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    from distill_llm.tasks import hub
+
+    features = Features({"text": Value("string"), "scan": Image()})
+    split = Dataset.from_dict({"text": ["a"], "scan": [{"bytes": b"no image", "path": None}]}, features=features)
+    monkeypatch.setattr(hub, "_probe", lambda name: None)
+    monkeypatch.setattr(hub, "_load", lambda name, config: DatasetDict({"train": split}))
+    (row,) = read_splits("some/where", Layout({}, {"train": "train"}))["train"]
+    assert row.image("scan") == b"no image"
+
+
 def test_script_on_the_hub_is_read_from_its_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -21,10 +21,11 @@ from distill_llm.pipeline.doctor import examine
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.train import TrainSpec
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.teachers.base import MovingTeacher, StudentFacts
+from distill_llm.teachers.base import MovingTeacher
 from distill_llm.teachers.ema import Ema, EmaTeacher
 from distill_llm.teachers.ensemble import EnsembleTeacher
 from distill_llm.teachers.frozen import FrozenTeacher
+from distill_llm.teachers.student import StudentFacts
 from distill_llm.training.moving import MoveTeachers
 from distill_llm.training.train import fit, make_trainer
 

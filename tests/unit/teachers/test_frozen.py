@@ -19,9 +19,9 @@ from distill_llm.models.head import OutputHead
 from distill_llm.models.load import LoadedModel
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
-from distill_llm.teachers.base import StudentFacts
 from distill_llm.teachers.beside import ModelBeside
 from distill_llm.teachers.frozen import Frozen, FrozenTeacher
+from distill_llm.teachers.student import StudentFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
