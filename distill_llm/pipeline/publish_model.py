@@ -247,10 +247,13 @@ def _speed(card: Scorecard, arm: str) -> str:
 
 
 def _example(recipe: Recipe, run: RunFolder, arm: str, model: Any, tokenizer: Any, target: Any) -> dict[str, Any]:
-    """The first test example as the model reads it, and what it wrote for it when it was scored."""
+    """The first test example as the model reads it, and what it wrote for it when it was scored.
+
+    None for a model that reads pictures: a snippet would need the renderer.
+    """
     view = student_view(recipe, tokenizer, bool(model.config.is_encoder_decoder))
     test = load_examples(recipe).test
-    if not test or not run.predictions(arm).exists():
+    if not test or not run.predictions(arm).exists() or recipe.student.picture is not None:
         return {"example": "", "answer": "", "decoder_start": (), "chat": view.chat}
     first = json.loads(run.predictions(arm).read_text(encoding="utf-8").splitlines()[0])
     prefix = view.prefixes.of(target) if view.prefix_side == "encoder" else ""
