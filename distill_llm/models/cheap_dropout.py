@@ -21,9 +21,10 @@ class CheapDropout(nn.Dropout):
 
     def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """``input``, its entries dropped or scaled while the module is trained."""
-        if not self.training or input.device.type != "cpu" or not can_draw(self.p):
+        probability = float(self.p)
+        if not self.training or input.device.type != "cpu" or not can_draw(probability):
             return super().forward(input)
-        noise = draw_noise(input.shape, self.p, input.dtype)
+        noise = draw_noise(input.shape, probability, input.dtype)
         return input.mul_(noise) if self.inplace else input * noise
 
 

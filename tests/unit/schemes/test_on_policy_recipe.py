@@ -9,7 +9,7 @@ import pytest
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.data.rows import Row
-from distill_llm.pipeline.arms import plan_arms
+from distill_llm.pipeline.arms import Sizes, plan_arms
 from distill_llm.pipeline.views import check_room, repeaters
 from distill_llm.recipe.load import parse_yaml, recipe_from
 
@@ -142,7 +142,7 @@ ROWS = [Row(0, "label", [5] * 10, [1] * 2), Row(0, "rationale", [5] * 10, [1] * 
 
 def _steps(*overrides: str) -> int:
     sizes = {"big": 9000, "disk": 0, "pair": 0, "foreign": 0, "own": 1000}
-    arms = plan_arms(_recipe(*overrides), ROWS, student_parameters=1000, teacher_parameters=sizes)
+    arms = plan_arms(_recipe(*overrides), ROWS, Sizes({"student": 1000}, sizes))
     return next(arm.max_steps for arm in arms if arm.name == "labels_same_compute")
 
 
