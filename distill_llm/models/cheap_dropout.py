@@ -21,14 +21,13 @@ class CheapDropout(nn.Dropout):
 
     def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """``input``, its entries dropped or scaled while the module is trained."""
-        probability = float(self.p)
-        if not self.training or input.device.type != "cpu" or not can_draw(probability):
+        if not self.training or input.device.type != "cpu" or not can_draw(self.p):
             return super().forward(input)
-        noise = draw_noise(input.shape, probability, input.dtype)
+        noise = draw_noise(input.shape, self.p, input.dtype)
         return input.mul_(noise) if self.inplace else input * noise
 
 
-def draw_noise(shape: Sequence[int], probability: float, dtype: torch.dtype) -> Float[Tensor, "..."]:
+def draw_noise(shape: Sequence[int], probability: float | int, dtype: torch.dtype) -> Float[Tensor, "..."]:
     """Factors of dropout, drawn from torch's generator: 0 with ``probability``, else the inverse of what is left."""
     size, kept = torch.Size(shape).numel(), _kept(probability)
     bits = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
@@ -37,10 +36,10 @@ def draw_noise(shape: Sequence[int], probability: float, dtype: torch.dtype) -> 
     return noise.mul_(_LEVELS / kept).view(shape)
 
 
-def can_draw(probability: float) -> bool:
+def can_draw(probability: float | int) -> bool:
     """Whether something is dropped and something is left, at the resolution of the bits."""
     return 0 < _kept(probability) < _LEVELS
 
 
-def _kept(probability: float) -> int:
+def _kept(probability: float | int) -> int:
     return round((1 - probability) * _LEVELS)

@@ -56,7 +56,7 @@ class _Attend:
         key: Float[Tensor, "B G K D"],
         value: Float[Tensor, "B G K D"],
         attention_mask: Tensor | None,
-        dropout: float = 0.0,
+        dropout: float | int = 0.0,  # a config may say 0
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         bias: Tensor | None,
         scale: float,
-        dropout: float,
+        dropout: float | int,
     ) -> Tensor:
         shape, dtype = query.shape[:2], query.dtype
         exact = torch.promote_types(dtype, torch.float32)
