@@ -118,7 +118,7 @@ class AssistantChain(Scheme):
             stages.append(
                 Stage(
                     name,
-                    f"{describe(sections.objective)}; taught by {' and '.join(self._said(asked, above))}",
+                    f"{describe(sections.objective)}; taught by {', '.join(self._said(asked, above))}",
                     spec,
                     teachers,
                     terms,
