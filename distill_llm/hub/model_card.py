@@ -36,13 +36,11 @@ class TermFacts:
 
 @dataclass(frozen=True)
 class ScoreFacts:
-    """The scorecard's say on the model, with its tables as Markdown. Shares are of 1, ``low`` and ``high`` of 95%."""
+    """The scorecard's say on the model, with its tables as Markdown. ``accuracy`` is a share of 1."""
 
     metric: str
     split: str
     accuracy: float
-    low: float
-    high: float
     num_examples: int
     verdict: str
     models: str
@@ -68,7 +66,6 @@ class ModelCardFacts:
     adapter: bool
     is_encoder_decoder: bool
     parameters: int
-    num_bytes: int | None
     teachers: Sequence[TeacherFacts]
     funnel: str
     terms: Sequence[TermFacts]
@@ -82,7 +79,6 @@ class ModelCardFacts:
     max_new_tokens: int
     files: Sequence[str]
     version: str
-    language: str = ""
 
 
 def model_card(facts: ModelCardFacts) -> str:
@@ -152,7 +148,6 @@ def _head(facts: ModelCardFacts) -> str:
         )
     options: dict[str, Any] = hub_licence(facts.licence)
     data = ModelCardData(
-        language=facts.language or None,
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*_TAGS, facts.task],

@@ -41,6 +41,11 @@ def base_of(folder: str) -> tuple[str, str]:
     return config["base_model_name_or_path"], config.get("revision") or "main"
 
 
+def has_bits(folder: Path) -> bool:
+    """Whether the base below a saved adapter was quantized while it learned."""
+    return (folder / _BITS_FILE).is_file()
+
+
 def save_bits(model: Any, folder: Path) -> None:
     """Writes how the base below adapters is quantized, which peft does not keep; nothing where it is not."""
     bits = getattr(model.config, "quantization_config", None)
@@ -59,9 +64,9 @@ def load_with_adapter(folder: str, *, where: str, dtype: str = "float32") -> Any
     from distill_llm.models.load import load_model, load_on
 
     source, revision = base_of(folder)
-    where_base, bits = f"{where} (base of the adapter)", Path(folder) / _BITS_FILE
-    if bits.exists():
-        load_in: Bits = "4bit" if read_json(bits)["load_in_4bit"] else "8bit"
+    where_base = f"{where} (base of the adapter)"
+    if has_bits(Path(folder)):
+        load_in: Bits = "4bit" if read_json(Path(folder) / _BITS_FILE)["load_in_4bit"] else "8bit"
         kept = "float32" if dtype == "auto" else dtype
         model = load_on("cpu", source, revision, where=where_base, dtype=kept, load_in=load_in).dequantize()
         model = model.to(getattr(torch, kept))

@@ -68,6 +68,13 @@ def licence_warnings(recipe: Recipe) -> list[str]:
     return [warning for warning in (*found, data_restriction(type(recipe.task).licence)) if warning]
 
 
+def public_task(recipe: Recipe) -> tuple[str, str]:
+    """The task's name on a card, and its data set on the Hub; "" where the data lies on this machine."""
+    kind, data = type(recipe.task).model_fields["kind"].default, getattr(recipe.task, "data", "")
+    local = not isinstance(data, str) or Path(data).expanduser().exists()
+    return recipe.name if kind == "jsonl" else kind, "" if local else data
+
+
 def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> RationaleCardFacts:
     from distill_llm import __version__
 
@@ -76,11 +83,11 @@ def _facts(recipe: Recipe, run: RunFolder, repo_id: str, licence: str) -> Ration
     funnel, report = read_json(run.funnel), read_json(run.spent)
     spent = report["total"]
     prompter = make_prompter(spec.prompt)
-    kind, data = type(recipe.task).model_fields["kind"].default, getattr(recipe.task, "data", "")
+    task, data = public_task(recipe)
     return RationaleCardFacts(
         repo_id=repo_id,
-        task=recipe.name if kind == "jsonl" else kind,
-        task_data="" if not isinstance(data, str) or Path(data).expanduser().exists() else data,
+        task=task,
+        task_data=data,
         task_licence=type(recipe.task).licence,
         teacher=_public_name(teacher.name),
         teacher_revision=teacher.revision,

@@ -16,8 +16,9 @@ from distill_llm.core.schedule import Schedule
 from distill_llm.evaluation.scorecard import FILE_NAME, comparisons_markdown, load_scorecard, models_markdown
 from distill_llm.hub.markdown import percent, table
 from distill_llm.hub.model_card import ModelCardFacts, ScoreFacts, TeacherFacts, TermFacts, licence_warnings, model_card
-from distill_llm.models.load import is_adapter, load_model, read_tokenizer, weight_bytes
-from distill_llm.models.lora import base_of
+from distill_llm.models.load import count_parameters, is_adapter, load_model, read_config, read_tokenizer, revision_of
+from distill_llm.models.lora import base_of, has_bits
+from distill_llm.pipeline.publish import public_task
 from distill_llm.pipeline.rationale_stage import load_examples
 from distill_llm.pipeline.run_folder import RunFolder, open_run
 from distill_llm.pipeline.trial import max_new_tokens, student_view
@@ -25,7 +26,7 @@ from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.stages import STUDENT
 
 if TYPE_CHECKING:
-    from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.evaluation.scorecard import Entry, Scorecard
     from distill_llm.hub.upload import Pushed, Upload
 
 _LOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -89,10 +90,11 @@ def _folder_to_send(run: RunFolder, arm: str, *, merge: bool) -> Path:
     if not is_adapter(str(folder)):
         return folder
     base, _ = base_of(str(folder))
-    if not merge and not Path(base).expanduser().is_dir() and not (folder / "base_quantization.json").exists():
+    if not merge and not Path(base).expanduser().is_dir() and not has_bits(folder):
         return folder
-    merged = run.root / "hub" / arm / "merged"
-    if not (merged / "config.json").exists():
+    # By its weights, or an arm that was trained anew would be sent as it was.
+    merged = run.root / "hub" / arm / f"merged-{revision_of(str(folder), where=f'arm {arm}')}"
+    if not merged.exists():
         draft = Path(f"{merged}.part")
         shutil.rmtree(draft, ignore_errors=True)
         with storage(merged):
@@ -108,34 +110,30 @@ def _facts(
     from distill_llm import __version__
 
     trained = read_json(run.result(arm))
-    model: Any = load_model(str(folder), where=f"arm {arm}")
-    tokenizer = read_tokenizer(str(folder), where=f"arm {arm}")
+    config = read_config(str(folder), where=f"arm {arm}")
     card = load_scorecard(run.root) if (run.root / FILE_NAME).exists() else None
-    data = getattr(recipe.task, "data", "")
-    kind = type(recipe.task).model_fields["kind"].default
-    local = not isinstance(data, str) or Path(data).expanduser().exists()
-    base = _base_model(recipe, folder)
+    entry = next((one for one in card.entries if one.name == arm.replace("_", " ")), None) if card else None
+    task, data = public_task(recipe)
     return ModelCardFacts(
         repo_id=repo_id,
-        task=recipe.name if kind == "jsonl" else kind,
-        task_data="" if local else data,
+        task=task,
+        task_data=data,
         task_licence=type(recipe.task).licence,
         licence=licence,
-        base_model=base,
+        base_model=_base_model(recipe, folder),
         adapter=is_adapter(str(folder)),
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        num_bytes=weight_bytes(str(folder)),
+        is_encoder_decoder=bool(config.is_encoder_decoder),
+        parameters=count_parameters(str(folder), where=f"arm {arm}"),
         teachers=list(_teachers(recipe)),
         funnel=_funnel(run),
         terms=[_term(term) for term in trained["terms"]],
         training=_training(recipe, trained),
-        score=_score(card, arm) if card is not None else None,
-        speed=_speed(card, arm) if card is not None else "",
+        score=_score(card, entry) if card and entry else None,
+        speed=_speed(card, entry) if card and entry else "",
         max_new_tokens=max_new_tokens(recipe),
         files=files,
         version=__version__,
-        **_example(recipe, run, arm, model, tokenizer, trained["target"]),
+        **_example(recipe, run, arm, config, trained["target"]),
     )
 
 
@@ -212,16 +210,11 @@ def _training(recipe: Recipe, trained: dict[str, Any]) -> list[str]:
     ]
 
 
-def _score(card: Scorecard, arm: str) -> ScoreFacts | None:
-    entry = next((one for one in card.entries if one.name == arm.replace("_", " ")), None)
-    if entry is None:
-        return None
+def _score(card: Scorecard, entry: Entry) -> ScoreFacts:
     return ScoreFacts(
         metric=card.metric,
         split=card.split,
         accuracy=entry.accuracy,
-        low=entry.low,
-        high=entry.high,
         num_examples=entry.num_examples,
         verdict=card.verdict,
         models=models_markdown(card),
@@ -230,10 +223,9 @@ def _score(card: Scorecard, arm: str) -> ScoreFacts | None:
     )
 
 
-def _speed(card: Scorecard, arm: str) -> str:
-    entry = next((one for one in card.entries if one.name == arm.replace("_", " ")), None)
+def _speed(card: Scorecard, entry: Entry) -> str:
     teacher = next((one for one in card.entries if one.role == "teacher"), None)
-    if entry is None or teacher is None:
+    if teacher is None:
         return ""
     parts = []
     if teacher.parameters and entry.parameters:
@@ -246,12 +238,13 @@ def _speed(card: Scorecard, arm: str) -> str:
     return f"Against the teacher: {', '.join(parts)}." if parts else ""
 
 
-def _example(recipe: Recipe, run: RunFolder, arm: str, model: Any, tokenizer: Any, target: Any) -> dict[str, Any]:
+def _example(recipe: Recipe, run: RunFolder, arm: str, config: Any, target: Any) -> dict[str, Any]:
     """The first test example as the model reads it, and what it wrote for it when it was scored.
 
     None for a model that reads pictures: a snippet would need the renderer.
     """
-    view = student_view(recipe, tokenizer, bool(model.config.is_encoder_decoder))
+    tokenizer = read_tokenizer(str(run.model(arm)), where=f"arm {arm}")
+    view = student_view(recipe, tokenizer, bool(config.is_encoder_decoder))
     test = load_examples(recipe).test
     if not test or not run.predictions(arm).exists() or recipe.student.picture is not None:
         return {"example": "", "answer": "", "decoder_start": (), "chat": view.chat}
@@ -262,6 +255,6 @@ def _example(recipe: Recipe, run: RunFolder, arm: str, model: Any, tokenizer: An
     return {
         "example": text if view.is_encoder_decoder or view.chat else f"{text}\n",
         "answer": first["text"],
-        "decoder_start": (model.config.decoder_start_token_id, *start) if start else (),
+        "decoder_start": (config.decoder_start_token_id, *start) if start else (),
         "chat": view.chat,
     }

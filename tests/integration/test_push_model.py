@@ -90,7 +90,8 @@ def test_adapters_on_a_local_base_are_sent_merged(
 ) -> None:
     """Nobody else could load an adapter on a folder of this machine."""
     base = save_tiny("llama", text="predict explain so ann bob carl buys and . who pays more ? + = > <")
-    cli("run", shop, f"student={{model: {base}, lora: {{rank: 2, alpha: 4}}}}", "evaluate.controls=[]")
+    asked = ["run", shop, f"student={{model: {base}, lora: {{rank: 2, alpha: 4}}}}", "evaluate.controls=[]"]
+    cli(*asked)
     cli("push", "runs/tiny", "--repo-id", "ann/merged", **_online(hub))
     sent = hub.repositories["model", "ann/merged"].contents()
     assert "model.safetensors" in sent
@@ -99,6 +100,10 @@ def test_adapters_on_a_local_base_are_sent_merged(
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     first = json.loads((tmp_path / "runs/tiny/predictions/student.jsonl").read_text().splitlines()[0])
     assert _run_snippet(hub, card, tmp_path).strip() == first["text"].strip()
+    cli(*asked, "train.seed=5", "--retrain")
+    cli("push", "runs/tiny", "--repo-id", "ann/merged", **_online(hub))
+    anew = hub.repositories["model", "ann/merged"].contents()
+    assert anew["model.safetensors"] != sent["model.safetensors"], "not what was merged before"
 
 
 def test_what_cannot_be_pushed_is_one_error(hub: HubServer, cli: Callable[..., Any], shop: str) -> None:
