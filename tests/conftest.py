@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import pkgutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distill_llm.models.load import LoadedModel
+    from distill_llm.pipeline.rationale_stage import Material
+    from distill_llm.pipeline.run_folder import RunFolder
+    from distill_llm.pipeline.student_stage import Plan
+    from distill_llm.recipe.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -277,3 +282,45 @@ def tiny_model(request: pytest.FixtureRequest) -> Callable[..., LoadedModel]:
 def _same_random_numbers() -> None:
     """Every test starts from the same global seed, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a Python program in ``tmp_path``, in so many processes under torchrun; it must end well."""
+
+    def run(
+        *words: str, processes: int = 2, timeout: float = 240, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *(several if processes else []), *words],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def planned() -> Callable[[Recipe], tuple[RunFolder, Material, Plan]]:
+    """The first stage of a recipe, and the plan of its second."""
+    from distill_llm.core.progress import SILENT
+    from distill_llm.pipeline.rationale_stage import check, gather, read_material
+    from distill_llm.pipeline.run_folder import claim
+    from distill_llm.pipeline.student_stage import make_plan
+
+    def plan(recipe: Recipe) -> tuple[RunFolder, Material, Plan]:
+        run = claim(recipe)
+        splits = check(recipe)
+        gather(recipe, splits, run, SILENT)
+        material = read_material(recipe, splits, run)
+        assert material is not None
+        return run, material, make_plan(recipe, material, run)
+
+    return plan

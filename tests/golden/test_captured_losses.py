@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from distill_llm.core.errors import ConfigError, DataError
-from distill_llm.core.progress import SILENT
 from distill_llm.core.sparse import TopSignals
 from distill_llm.data.rows import Row
 from distill_llm.models.head import OutputHead
@@ -23,9 +22,9 @@ from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
 from distill_llm.models.prompt_tokens import prompt_ids
 from distill_llm.objective import Objective
 from distill_llm.pipeline.capture_stage import write_captures
-from distill_llm.pipeline.rationale_stage import Material, check, gather, make_asker, read_material
-from distill_llm.pipeline.run_folder import RunFolder, claim
-from distill_llm.pipeline.student_stage import Plan, make_plan
+from distill_llm.pipeline.rationale_stage import Material, make_asker
+from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.student_stage import Plan
 from distill_llm.pipeline.trial import open_teachers
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
@@ -79,7 +78,7 @@ class Made:
 
 
 @pytest.fixture
-def made(tmp_path: Path, tiny_t5: Any, tiny_llama: Any) -> Callable[..., Made]:
+def made(planned: Any, tmp_path: Path, tiny_t5: Any, tiny_llama: Any) -> Callable[..., Made]:
     def build(teacher: str, student: str, *overrides: str) -> Made:
         wide = {"d_model": 32} if teacher == "t5" else {"hidden_size": 32}
         own = {"t5": tiny_t5, "llama": tiny_llama}[teacher](text=TEXT, seed=5, **wide)
@@ -93,12 +92,7 @@ def made(tmp_path: Path, tiny_t5: Any, tiny_llama: Any) -> Callable[..., Made]:
         data = parse_yaml(text, "tiny")
         data["student"]["config"] = SIZES[student]
         recipe = recipe_from(data, [f"run_dir={tmp_path / 'run'}", *overrides])
-        run = claim(recipe)
-        splits = check(recipe)
-        gather(recipe, splits, run, SILENT)
-        material = read_material(recipe, splits, run)
-        assert material is not None
-        plan = make_plan(recipe, material, run)
+        run, material, plan = planned(recipe)
         torch.manual_seed(3)
         built = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="test"))
         built.model.eval()

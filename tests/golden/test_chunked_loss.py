@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +27,7 @@ from distill_llm.teachers.ema import EmaTeacher
 from distill_llm.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from distill_llm.core.signals import Batch, Signals
@@ -415,7 +412,9 @@ def train_in_processes(way: str, name: str, folder: str) -> None:
         ("fsdp-head", "llama"),
     ],
 )
-def test_two_processes_learn_what_one_learns_from_all_logits(way: str, name: str, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns_from_all_logits(
+    way: str, name: str, launch: Callable[..., Any], tmp_path: Path
+) -> None:
     """In parts or packed, against padded rows. ``fsdp`` shards the head with the root, as accelerate does; the others
     take its weights away after the forward pass, with the root's or as a unit of its own."""
     model, teachers = _student(name)
@@ -423,18 +422,7 @@ def test_two_processes_learn_what_one_learns_from_all_logits(way: str, name: str
     _steps(model, teachers, 0, None)
     expected = model.state_dict()
     (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "process.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, __file__, way, name, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    launch("process.py", __file__, way, name, str(tmp_path), timeout=200, CUDA_VISIBLE_DEVICES="")
     found = torch.load(tmp_path / "weights.pt")
     assert found.keys() == expected.keys()
     torch.testing.assert_close(dict(found), dict(expected), rtol=1e-4, atol=2e-5)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -259,7 +256,7 @@ def train_sharded(way: str, name: str, folder: str) -> None:
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp-resharded"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_wrapped_student_learns_in_chunks_what_a_cpu_learns_from_all_logits(
-    way: str, name: str, tmp_path: Path
+    way: str, name: str, launch: Callable[..., Any], tmp_path: Path
 ) -> None:
     """One process under nccl, DDP and FSDP2; with an average of the student's weights and a head that is learned."""
     model, teachers = _student(name, "cpu")
@@ -267,17 +264,7 @@ def test_a_wrapped_student_learns_in_chunks_what_a_cpu_learns_from_all_logits(
     _steps(model, teachers, model, 0, "cpu")
     expected = model.state_dict()
     (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "process.py"]
-    done = subprocess.run(
-        [*launch, __file__, way, name, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    launch("process.py", __file__, way, name, str(tmp_path), processes=1, timeout=200)
     found = torch.load(tmp_path / "weights.pt")
     assert found.keys() == expected.keys()
     torch.testing.assert_close(dict(found), dict(expected), rtol=1e-3, atol=1e-4)

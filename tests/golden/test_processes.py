@@ -152,15 +152,10 @@ assert summed(1, 20) == (2, 40)
 
 
 @pytest.mark.slow
-def test_the_others_wait_for_the_main_process(tmp_path: Path) -> None:
+def test_the_others_wait_for_the_main_process(launch: Callable[..., Any], tmp_path: Path) -> None:
     """On a CPU too, where accelerate makes no group of processes unless it is told of the CPU."""
     (tmp_path / "waiting.py").write_text(WAITING)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "waiting.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=120, env=environment, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    launch("waiting.py", timeout=120, CUDA_VISIBLE_DEVICES="")
 
 
 TRAINING = """
@@ -213,7 +208,7 @@ for tokens, packing in ((0, "auto"), (50, "auto"), (0, "never")):
 
 @pytest.mark.slow
 def test_neither_processes_nor_cuts_change_the_update_or_the_logs(
-    tiny_t5: Callable[..., LoadedModel], tmp_path: Path
+    tiny_t5: Callable[..., LoadedModel], launch: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Cut by rows and by padded tokens, each input read once and padded to the longest, in one process and in two: six
     trainings, one result."""
@@ -222,20 +217,9 @@ def test_neither_processes_nor_cuts_change_the_update_or_the_logs(
         model.model.save_pretrained(tmp_path / name)
         model.tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "training.py").write_text(TRAINING)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     results = []
-    for folder, launch in (("one", []), ("two", several)):
-        done = subprocess.run(
-            [sys.executable, *launch, "training.py", folder],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=environment,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
+    for folder, processes in (("one", 0), ("two", 2)):
+        launch("training.py", folder, processes=processes, CUDA_VISIBLE_DEVICES="")
         results += [torch.load(tmp_path / folder / cut / "after.pt") for cut in ("0-auto", "50-auto", "0-never")]
     assert [result["cuts"] for result in results] == [4, 3, 4, 2, 2, 2]
     first = results[0]

@@ -24,10 +24,9 @@ from distill_llm.objective import Objective
 from distill_llm.pipeline import cache_stage
 from distill_llm.pipeline.cache_stage import CacheReport, require_caches, write_caches
 from distill_llm.pipeline.doctor import examine
-from distill_llm.pipeline.rationale_stage import check, gather, read_material
 from distill_llm.pipeline.run import cache_signals, student_trainer, train
-from distill_llm.pipeline.run_folder import RunFolder, claim
-from distill_llm.pipeline.student_stage import Plan, make_plan
+from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.student_stage import Plan
 from distill_llm.pipeline.trial import open_teachers
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
@@ -81,7 +80,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def made(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Made]:
+def made(family: str, planned: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Made]:
     """Plans the recipe with overrides; the teacher is twice as wide as the student, and louder than a fresh one."""
     tiny = request.getfixturevalue(f"tiny_{family}")
     wide = {"d_model": 32} if family == "t5" else {"hidden_size": 32}
@@ -97,12 +96,7 @@ def made(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callabl
         data = parse_yaml(YAML.replace("TEACHER", str(tmp_path / "teacher")), "tiny")
         data["student"]["config"] = {"model_type": family, **sizes}
         recipe = recipe_from(data, [f"run_dir={tmp_path / 'run'}", *overrides])
-        run = claim(recipe)
-        splits = check(recipe)
-        gather(recipe, splits, run, SILENT)
-        material = read_material(recipe, splits, run)
-        assert material is not None
-        plan = make_plan(recipe, material, run)
+        run, _, plan = planned(recipe)
         torch.manual_seed(3)
         student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="test"))
         student.model.eval()

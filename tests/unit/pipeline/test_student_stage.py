@@ -14,10 +14,9 @@ from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
 from distill_llm.models.load import read_tokenizer
 from distill_llm.pipeline.plan_facts import settle
-from distill_llm.pipeline.rationale_stage import check, gather, read_material
 from distill_llm.pipeline.run import run as run_recipe
-from distill_llm.pipeline.run_folder import RunFolder, claim
-from distill_llm.pipeline.student_stage import Plan, make_plan, train_arms
+from distill_llm.pipeline.run_folder import RunFolder
+from distill_llm.pipeline.student_stage import Plan, train_arms
 from distill_llm.recipe.load import parse_yaml, recipe_from
 
 YAML = """
@@ -36,17 +35,12 @@ evaluate: {controls: []}
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Any:
+def plan(planned: Any, tmp_path: Path) -> Any:
     """Plans the recipe with overrides, always in the same run folder; ``train=True`` trains too."""
 
     def build(*overrides: str, train: bool = False) -> tuple[RunFolder, Plan]:
         recipe = recipe_from(parse_yaml(YAML, "tiny"), [f"run_dir={tmp_path / 'run'}", *overrides])
-        run = claim(recipe)
-        splits = check(recipe)
-        gather(recipe, splits, run, SILENT)
-        material = read_material(recipe, splits, run)
-        assert material is not None
-        made = make_plan(recipe, material, run)
+        run, material, made = planned(recipe)
         settle(recipe, made.arms, run, retrain=False)
         if train:
             train_arms(recipe, material, made, run, ["all"], SILENT)

@@ -10,9 +10,6 @@ import pytest
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json
 from distill_llm.core.progress import SILENT
-from distill_llm.pipeline.rationale_stage import check, gather, read_material
-from distill_llm.pipeline.run_folder import claim
-from distill_llm.pipeline.student_stage import make_plan
 from distill_llm.pipeline.trial import Trial
 from distill_llm.pipeline.workers import run_trials
 from distill_llm.recipe.load import parse_yaml, recipe_from
@@ -33,15 +30,10 @@ evaluate: {controls: [labels_same_steps]}
 
 
 @pytest.fixture
-def trials(tmp_path: Path) -> Any:
+def trials(planned: Any, tmp_path: Path) -> Any:
     """Builds the trials of student and control in a folder of their own."""
     recipe = recipe_from(parse_yaml(YAML, "tiny"), [f"run_dir={tmp_path / 'run'}"])
-    run = claim(recipe)
-    splits = check(recipe)
-    gather(recipe, splits, run, SILENT)
-    material = read_material(recipe, splits, run)
-    assert material is not None
-    plan = make_plan(recipe, material, run)
+    run, material, plan = planned(recipe)
 
     def build(folder: str, **changes: Any) -> list[Trial]:
         return [
