@@ -165,18 +165,19 @@ def table(outcomes: Sequence[Outcome], teacher: float) -> str:
     return "\n".join(lines)
 
 
-def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(arguments: Sequence[str] | None, about: str | None, *, seeds: int, out: str) -> argparse.Namespace:
+    """What a script takes that trains in many ways with several seeds each; ``about`` is shown by --help."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, for all; before the options")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side, each with one thread")
     parser.add_argument("--only", nargs="+", default=[], help="of the ways in the table")
-    parser.add_argument("--out", type=Path, default=Path("runs/divergences"))
+    parser.add_argument("--out", type=Path, default=Path(out))
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = read_options(arguments)
+    given = read_options(arguments, __doc__, seeds=3, out="runs/divergences")
     teacher = ask_teacher(given.overrides)
     if not teacher:
         sys.exit("teachers.big: not one of its answers is right, so that there is nothing to learn from it.")

@@ -3,14 +3,14 @@
     python benchmarks/schemes.py [KEY=VALUE]... [--seeds 5] [--workers 2] [--only WAY ...] [--out FOLDER]
 
 Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Each seed draws other initial
-weights, another order and another pool of questions, the same for all schemes. The interval is that of the mean of the
-paired differences to direct distillation (Student's t over seeds). A scheme with stages takes the steps of all of them:
-the column says how many times a plain training's. Resumes; writes OUT/schemes.md and OUT/schemes.json.
+weights, another order and another pool of questions, the same for all schemes; direct distillation is always run. The
+interval is that of the mean of the paired differences to it (Student's t over seeds). A scheme with stages takes the
+steps of all of them: the column says how many times a plain training's. Resumes; writes OUT/schemes.md and
+OUT/schemes.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from divergences import run_all
+from divergences import read_options, run_all
 
 from distill_llm.core.errors import DistillError
 from distill_llm.core.files import read_json, write_json
@@ -168,18 +168,8 @@ def _interval(gaps: Sequence[float]) -> str:
     return f"{100 * middle:+.1f} [{100 * (middle - half):+.1f}, {100 * (middle + half):+.1f}]"
 
 
-def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, for all; before the options")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, each with one thread")
-    parser.add_argument("--only", nargs="+", default=[], help="of the schemes in the table, and direct distillation")
-    parser.add_argument("--out", type=Path, default=Path("runs/schemes"))
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = read_options(arguments)
+    given = read_options(arguments, __doc__, seeds=5, out="runs/schemes")
     began = time.monotonic()
     jobs = []
     for seed in range(1, given.seeds + 1):

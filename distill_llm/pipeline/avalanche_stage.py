@@ -49,7 +49,11 @@ def avalanche_of(
         return None
     asked = _Asked(recipe, examples, run, progress)
     tops = [(name, asked.alone(name, spec)) for name, spec in _named(stages[0]) if asked.can_be(name, spec)]
-    means = [(name, asked.together(name, spec, stages[-1])) for name, spec in _named(stages[-1]) if _is_mean(spec)]
+    means = [
+        (name, asked.together(name, spec, stages[-1]))
+        for name, spec in _named(stages[-1])
+        if isinstance(spec, Ensemble)
+    ]
     beside = [(name.replace("_", " "), right) for name, right in means if right is not None]
     chain = [*tops, *((stage.name.replace("_", " "), answers[stage.name]) for stage in stages)]
     return measure_avalanche(chain, beside)
@@ -59,10 +63,6 @@ def _named(stage: Stage) -> list[tuple[str, TensorTeacherSpec]]:
     """The teachers that its terms name, in their order."""
     names = dict.fromkeys(term.teacher for term in stage.terms if term.teacher is not None)
     return [(name, stage.teachers[name]) for name in names]
-
-
-def _is_mean(spec: TensorTeacherSpec) -> bool:
-    return isinstance(spec, Ensemble)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class _Asked:
 
     def can_be(self, name: str, spec: TensorTeacherSpec) -> bool:
         """Says why not, where it cannot."""
-        if _is_mean(spec):
+        if isinstance(spec, Ensemble):
             return False
         why = "it does not read what the student reads"
         if isinstance(spec, Frozen) and spec.own_view() is None:

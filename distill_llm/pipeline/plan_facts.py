@@ -29,6 +29,7 @@ def plan_facts(arm: Arm, recipe: Recipe, arms: Sequence[Arm], run: RunFolder) ->
     student = arm.student.model_dump(mode="json", exclude={"tokenizer"})
     student["model"] = models.get(arm.student.model, arm.student.model)
     by_name = {one.name: one for one in arms}
+    # A teacher that the scheme provides is in the scheme.
     named = {term.teacher for term in arm.terms if term.teacher is not None} & set(arm.teachers)
     asked = sorted({part for name in named for part in with_members(arm.teachers, name)})
     return {
@@ -39,7 +40,7 @@ def plan_facts(arm: Arm, recipe: Recipe, arms: Sequence[Arm], run: RunFolder) ->
         "teachers": {
             name: arm.teachers[name].model_dump(mode="json", exclude=set(arm.teachers[name].manner))
             for name in asked
-            if name not in arm.after and name in arm.teachers  # a scheme's own is in the scheme
+            if name not in arm.after
         },
         "scheme": arm.scheme.model_dump(mode="json"),
         "seed": arm.seed,

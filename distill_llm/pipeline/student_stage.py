@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.core.example import TARGETS
 from distill_llm.core.files import read_json, storage, write_json
 from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
@@ -185,11 +186,11 @@ def _save_tokenizer(recipe: Recipe, material: Material, run: RunFolder) -> None:
 
 def training_text(recipe: Recipe, material: Material) -> Iterator[str]:
     """Everything that the student reads or writes while it is trained, and nothing of validation or test."""
-    prefixes = recipe.student.prefixes
-    for target in ("label", "rationale", "rationale_then_label"):
+    prefixes, targets = recipe.student.prefixes, needed_targets(recipe)
+    for target in TARGETS:
         yield prefixes.of(target)
     for example in material.splits.train:
         answer = material.answers.get(example.id)
         yield example.input
-        for target in needed_targets(recipe):
+        for target in targets:
             yield from target_texts(example, answer, target, task=recipe.task, label_from=recipe.label_from)

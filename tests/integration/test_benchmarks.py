@@ -99,29 +99,38 @@ def test_memory_of_the_loss_by_each_way() -> None:
         assert rows["trl"][-1] == rows["divergence"][-1]
 
 
-def test_each_loss_trains_a_student(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    divergences = importlib.import_module("divergences")
-    teacher, words = tmp_path / "teacher", "student.tokenizer={kind: words, vocab_size: 512}"
-    few = [
-        "task.train_size=32",
-        "task.validation_size=8",
-        "task.test_size=8",
-        "train.max_steps=2",
-        "train.rows_per_step=8",
-    ]
-    recipe = load_recipe("benchmarks/divergences.yaml", [*few, words, "train.rows_per_batch=8"])
+FEW = [
+    "task.train_size=32",
+    "task.validation_size=8",
+    "task.test_size=8",
+    "train.max_steps=2",
+    "train.rows_per_step=8",
+    "train.rows_per_batch=8",
+]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """A fresh model in the place of the quickstart's teacher."""
+    words = "student.tokenizer={kind: words, vocab_size: 512}"
+    recipe = load_recipe("benchmarks/divergences.yaml", [*FEW, words])
     texts = [text for example in recipe.task.load(0).train for text in (example.input, example.label or "")]
     made = build_student(recipe.student, load_tokenizer(recipe.student, ["predict: ", *texts]))
-    made.model.save_pretrained(teacher)
-    made.tokenizer.save_pretrained(teacher)
-    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}", "train.rows_per_batch=8"]
+    made.model.save_pretrained(tmp_path / "teacher")
+    made.tokenizer.save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def test_each_loss_trains_a_student(
+    tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergences = importlib.import_module("divergences")
+    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}"]
     how = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out"), "--only", "labels only", "total_variation"]
     with pytest.raises(SystemExit, match="not one of its answers is right"):
-        divergences.main([*few, *places, *how])
+        divergences.main([*FEW, *places, *how])
     monkeypatch.setattr(divergences, "ask_teacher", lambda overrides: 0.5)
-    divergences.main([*few, *places, *how])
+    divergences.main([*FEW, *places, *how])
     rows = _rows(capsys.readouterr().out, "the student learns from")
     assert set(rows) == {"(the teacher itself)", "labels only", "total_variation"}
     assert re.fullmatch(r"[\d.]+", rows["total_variation"][0])
@@ -147,3 +156,36 @@ def test_a_student_counts_as_trained_from_nine_tenths_of_the_teacher_on() -> Non
     assert rows["good"] == ["73.0 ± 2.8", "91%", "yes", "4"]
     assert rows["bad"] == ["71.0", "89%", "no", "3"]
     assert rows["odd"][0] == "left out: it wants layers"
+
+
+def test_each_scheme_of_the_table_is_a_recipe_and_is_compared_with_direct_distillation(
+    tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schemes = importlib.import_module("schemes")
+    for own in schemes.WAYS.values():
+        load_recipe(schemes.RECIPE, own)
+    gold = ["rationales={teacher: {kind: gold}}", "task.labelled=true", "label_from=gold"]
+    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}", *gold]
+    way = "hints first"
+    how = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out"), "--only", way]
+    schemes.main([*FEW, *places, *how])
+    rows = _rows(capsys.readouterr().out, "scheme")
+    assert set(rows) == {schemes.DIRECT, way}
+    assert rows[way][2] == "1", "of the steps of a plain training, shared by its two stages"
+    assert (tmp_path / "out" / "schemes.json").is_file()
+
+
+def test_the_interval_of_a_scheme_is_that_of_paired_differences() -> None:
+    schemes = importlib.import_module("schemes")
+    scores = {schemes.DIRECT: (0.70, 0.60, 0.80), "chain": (0.75, 0.66, 0.83), "refused": ()}
+    outcomes = [
+        schemes.Outcome(way, seed, {"student": score, "middle": 0.5}, 3.0, 9.0)
+        for way, own in scores.items()
+        for seed, score in enumerate(own)
+    ]
+    outcomes.append(schemes.Outcome("refused", 0, None, 0.0, 0.0, "no peers"))
+    rows = _rows(schemes.table(outcomes), "scheme")
+    # Differences of 5, 6 and 3 points: mean 4.67, deviation 1.53, t(0.975, 2) = 4.303.
+    assert rows["chain"] == ["74.7 ± 8.5", "+4.7 [+0.9, +8.5]", "3", "9"]
+    assert rows[schemes.DIRECT][1] == ""
+    assert rows["refused"][0] == "left out: no peers"
