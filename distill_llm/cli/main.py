@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from distill_llm.cli import recipes
+from distill_llm.cli import recipes, shipping
+from distill_llm.cli.terminal import Overrides, RecipePath, RunPath, be_quiet, console, plain, progress_bars, show_next
 from distill_llm.core.errors import DistillError, Interrupted
 from distill_llm.core.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
-    from distill_llm.cli.progress import TerminalProgress
     from distill_llm.evaluation.scorecard import Scorecard
-    from distill_llm.hub.upload import Pushed
 
 QUICKSTART = ("teacher", "scarce", "ample")
-_wanted = {"quiet": False}
-"""What the options before the command say."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,14 +35,11 @@ app = typer.Typer(
     "whether it was worth it.",
 )
 app.add_typer(recipes.app, name="recipe")
+app.add_typer(shipping.app)
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or one that came with the package")]
 Retrain = Annotated[
     bool,
     typer.Option("--retrain", help="set models that the recipe would train otherwise aside, and train them anew"),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as train.max_steps=100")
 ]
 
 
@@ -55,12 +49,12 @@ def quickstart(overrides: Overrides = None) -> None:
     cards = []
     for number, name in enumerate(QUICKSTART, start=1):
         path = f"recipes/quickstart/{name}.yaml"
-        _console().print(f"\n[bold]{number}/{len(QUICKSTART)}  distill-llm run {path}[/bold]")
+        console().print(f"\n[bold]{number}/{len(QUICKSTART)}  distill-llm run {path}[/bold]")
         cards.append(_run(path, overrides or []))
     for name, (card, folder) in zip(QUICKSTART[1:], cards[1:], strict=True):
-        _console().print(f"\n[bold]The {name} case[/bold]")
+        console().print(f"\n[bold]The {name} case[/bold]")
         _show(card, folder)
-    _console().print(
+    console().print(
         "\nOpen the recipes, change them, run them by hand: [bold]distill-llm recipe show "
         "recipes/quickstart/scarce.yaml[/bold]\nYour own data: [bold]distill-llm run recipes/my-data.yaml[/bold]",
         highlight=False,
@@ -83,70 +77,16 @@ def generate_rationales(
     if dry_run:
         from distill_llm.pipeline.preview import preview_rationales
 
-        show_preview(preview_rationales(loaded), _console())
+        show_preview(preview_rationales(loaded), console())
         return
-    with _progress() as progress:
+    with progress_bars() as progress:
         run = generate(loaded, progress=progress)
     if not is_main_process():
         return
-    show_funnel(read_json(run.funnel), _console())
-    show_ledger(read_json(run.spent), _console())
-    _console().print(f"Rationales: {run.rationales('train')}", highlight=False)
-    _next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
-
-
-@app.command("push-rationales")
-def push_rationales(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
-    repo_id: Annotated[str, typer.Option(help="the data set's name on the Hub: owner/name")],
-    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
-    licence: Annotated[str, typer.Option(help="the licence that you give the data set, such as cc-by-4.0")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
-) -> None:
-    """Push a run's rationale data set, with its card, to the Hugging Face Hub in one commit."""
-    from distill_llm.cli.rationales import show_uploads
-    from distill_llm.pipeline.publish import licence_warnings, plan_push
-    from distill_llm.pipeline.publish import push_rationales as push
-
-    _, recipe, files = plan_push(run)
-    for warning in licence_warnings(recipe):
-        _console().print(f"[yellow]warning:[/yellow] {_plain(warning)}", highlight=False, soft_wrap=True)
-    if dry_run:
-        show_uploads(files, _console())
-        return
-    _show_pushed(push(run, repo_id, private=not public, licence=licence))
-
-
-def _show_pushed(pushed: Pushed) -> None:
-    kind = "private" if pushed.private else "public"
-    done = f"Pushed ({kind})" if pushed.changed else f"Nothing to do, all of it is there ({kind})"
-    _console().print(f"{done}: {pushed.url}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/cqa-t5-base")],
-    repo_id: Annotated[str, typer.Option(help="the model's name on the Hub: owner/name")],
-    arm: Annotated[str, typer.Option(help="which of the run's models")] = "student",
-    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
-    licence: Annotated[str, typer.Option(help="the licence that you give the model, such as apache-2.0")] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="send an adapter merged into its base")] = False,
-    rationales: Annotated[bool, typer.Option("--rationales", help="send the rationale data set along")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
-) -> None:
-    """Push a run's model, with a card that shows how it was made and scored, to the Hub in one commit."""
-    from distill_llm.cli.rationales import show_uploads
-    from distill_llm.pipeline.publish_model import plan_model_push, push_model
-
-    options = {"arm": arm, "licence": licence, "merge": merge, "rationales": rationales}
-    plan = plan_model_push(run, repo_id, **options)
-    for warning in plan.warnings:
-        _console().print(f"[yellow]warning:[/yellow] {_plain(warning)}", highlight=False, soft_wrap=True)
-    _console().print(f"The card: {plan.files['README.md']}", highlight=False, soft_wrap=True)
-    if dry_run:
-        show_uploads(plan.uploads, _console())
-        return
-    _show_pushed(push_model(plan, private=not public))
+    show_funnel(read_json(run.funnel), console())
+    show_ledger(read_json(run.spent), console())
+    console().print(f"Rationales: {run.rationales('train')}", highlight=False)
+    show_next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
 
 
 @app.command("cache-signals")
@@ -157,10 +97,10 @@ def cache_signals(recipe: RecipePath, overrides: Overrides = None) -> None:
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    with _progress() as progress:
+    with progress_bars() as progress:
         reports = cache(loaded, progress=progress)
-    show_caches(reports, _console())
-    _next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
+    show_caches(reports, console())
+    show_next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
 
 
 @app.command()
@@ -175,21 +115,21 @@ def train(
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    with _progress() as progress:
+    with progress_bars() as progress:
         run = train_student(loaded, arms=arm or ["student"], retrain=retrain, progress=progress)
-    _console().print(f"Trained: {', '.join(run.trained_arms())}, in {run.models}", highlight=False)
-    _next(f"distill-llm evaluate {run.root}")
+    console().print(f"Trained: {', '.join(run.trained_arms())}, in {run.models}", highlight=False)
+    show_next(f"distill-llm evaluate {run.root}")
 
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart/scarce")],
+    run: RunPath,
     overrides: Overrides = None,
 ) -> None:
     """Stage three: score every trained model of a run on its test split."""
     from distill_llm.pipeline.run import evaluate as evaluate_run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         card = evaluate_run(run, overrides=overrides or [], progress=progress)
     _show(card, Path(run))
 
@@ -218,13 +158,13 @@ def sweep(
 
     plan = plan_sweep(read_recipe(recipe), settings or [], seeds=seeds, sample=sample, source=recipe)
     if dry_run:
-        show_grid(plan, _console())
+        show_grid(plan, console())
         return
     from distill_llm.pipeline.sweep import run_sweep
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         report = run_sweep(plan, progress)
-    show_sweep(report, plan.folder, _console())
+    show_sweep(report, plan.folder, console())
 
 
 @app.command()
@@ -237,7 +177,7 @@ def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     quiet_libraries()
     diagnosis = examine(load_recipe(recipe, overrides or []))
-    show_diagnosis(diagnosis, _console())
+    show_diagnosis(diagnosis, console())
     if not diagnosis.may_run:
         raise typer.Exit(1)
 
@@ -253,7 +193,7 @@ def tasks() -> None:
     table = Table("kind", "what it is", "answers", "licence of the data", box=None, pad_edge=False)
     for kind, task in kinds(Task, "distill_llm.tasks").items():
         table.add_row(kind, task.title, task.answer, task.licence)
-    _console().print(table)
+    console().print(table)
 
 
 def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tuple[Scorecard, Path]:
@@ -261,7 +201,7 @@ def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tup
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    with _progress() as progress:
+    with progress_bars() as progress:
         return run_recipe(loaded, retrain=retrain, progress=progress), loaded.folder
 
 
@@ -270,35 +210,21 @@ def _show(card: Scorecard, folder: Path) -> None:
     from distill_llm.evaluation.classes import class_table
     from distill_llm.evaluation.scorecard import to_comparison_table, to_table
 
-    console = _console()
-    console.print()
-    console.print(to_table(card))
+    shown = console()
+    shown.print()
+    shown.print(to_table(card))
     if any(one.left_out for one in card.classes):
-        console.print(class_table(card.classes))
+        shown.print(class_table(card.classes))
     if card.comparisons:
-        console.print()
-        console.print(to_comparison_table(card))
+        shown.print()
+        shown.print(to_comparison_table(card))
     if card.avalanche is not None:
-        console.print()
-        console.print(to_avalanche_table(card.avalanche))
-        console.print(in_words(card.avalanche), highlight=False)
-    console.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
-    console.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
-    console.print(f"The student: {folder / 'models' / 'student' / 'model'}", highlight=False)
-
-
-def _next(command: str) -> None:
-    _console().print(f"Next: [bold]{command}[/bold]", highlight=False)
-
-
-def _console() -> Console:
-    return Console(quiet=not is_main_process())
-
-
-def _progress() -> TerminalProgress:
-    from distill_llm.cli.progress import TerminalProgress
-
-    return TerminalProgress(Console(quiet=_wanted["quiet"] or not is_main_process()))
+        shown.print()
+        shown.print(to_avalanche_table(card.avalanche))
+        shown.print(in_words(card.avalanche), highlight=False)
+    shown.print(f"\n[bold]{card.verdict}[/bold]", highlight=False)
+    shown.print(f"Run folder: {folder} (scorecard.md has the notes)", highlight=False)
+    shown.print(f"The student: {folder / 'models' / 'student' / 'model'}", highlight=False)
 
 
 def _version(wanted: bool) -> None:
@@ -317,7 +243,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show it")] = False,
 ) -> None:
     del version  # its callback has shown it
-    _wanted["quiet"] = quiet
+    be_quiet(quiet)
 
 
 def main() -> NoReturn:
@@ -363,7 +289,7 @@ def _typed() -> str:
 def _say_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")  # an error of another process may be the only one that says why all stopped
     process = "" if rank == "0" else f" (process {rank})"
-    Console(stderr=True).print(f"[red]error{process}:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[red]error{process}:[/red] {plain(message)}", highlight=False, soft_wrap=True)
 
 
 def _show_usage(error: Exception) -> None:
@@ -373,12 +299,6 @@ def _show_usage(error: Exception) -> None:
         show()
     else:
         _say_error(str(error))
-
-
-def _plain(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)
 
 
 if __name__ == "__main__":

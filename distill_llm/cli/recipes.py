@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Show, check and list recipes; their JSON schema for editors.")
+from distill_llm.cli.terminal import Overrides, RecipePath
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or one that came with the package")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides")]
+app = typer.Typer(no_args_is_help=True, help="Show, check and list recipes; their JSON schema for editors.")
 
 
 @app.command()

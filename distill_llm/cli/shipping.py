@@ -1,0 +1,68 @@
+"""What becomes of a finished run: pushed to the Hub, exported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill_llm.cli.terminal import RunPath, console, plain
+
+if TYPE_CHECKING:
+    from distill_llm.hub.upload import Pushed
+
+app = typer.Typer()
+
+
+@app.command("push-rationales")
+def push_rationales(
+    run: RunPath,
+    repo_id: Annotated[str, typer.Option(help="the data set's name on the Hub: owner/name")],
+    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
+    licence: Annotated[str, typer.Option(help="the licence that you give the data set, such as cc-by-4.0")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
+) -> None:
+    """Push a run's rationale data set, with its card, to the Hugging Face Hub in one commit."""
+    from distill_llm.cli.rationales import show_uploads
+    from distill_llm.pipeline.publish import licence_warnings, plan_push
+    from distill_llm.pipeline.publish import push_rationales as push
+
+    _, recipe, files = plan_push(run)
+    for warning in licence_warnings(recipe):
+        console().print(f"[yellow]warning:[/yellow] {plain(warning)}", highlight=False, soft_wrap=True)
+    if dry_run:
+        show_uploads(files, console())
+        return
+    _show_pushed(push(run, repo_id, private=not public, licence=licence))
+
+
+def _show_pushed(pushed: Pushed) -> None:
+    kind = "private" if pushed.private else "public"
+    done = f"Pushed ({kind})" if pushed.changed else f"Nothing to do, all of it is there ({kind})"
+    console().print(f"{done}: {pushed.url}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    run: RunPath,
+    repo_id: Annotated[str, typer.Option(help="the model's name on the Hub: owner/name")],
+    arm: Annotated[str, typer.Option(help="which of the run's models")] = "student",
+    public: Annotated[bool, typer.Option("--public", help="anybody may read it; private otherwise")] = False,
+    licence: Annotated[str, typer.Option(help="the licence that you give the model, such as apache-2.0")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="send an adapter merged into its base")] = False,
+    rationales: Annotated[bool, typer.Option("--rationales", help="send the rationale data set along")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
+) -> None:
+    """Push a run's model, with a card that shows how it was made and scored, to the Hub in one commit."""
+    from distill_llm.cli.rationales import show_uploads
+    from distill_llm.pipeline.publish_model import plan_model_push, push_model
+
+    options = {"arm": arm, "licence": licence, "merge": merge, "rationales": rationales}
+    plan = plan_model_push(run, repo_id, **options)
+    for warning in plan.warnings:
+        console().print(f"[yellow]warning:[/yellow] {plain(warning)}", highlight=False, soft_wrap=True)
+    console().print(f"The card: {plan.files['README.md']}", highlight=False, soft_wrap=True)
+    if dry_run:
+        show_uploads(plan.uploads, console())
+        return
+    _show_pushed(push_model(plan, private=not public))
