@@ -84,5 +84,5 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch-$(TORCH)
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch-$(TORCH)
 	@echo "Installing distill-llm with its development tools into $(VENV)"
-	@$(BIN)/pip install --quiet --editable '.[dev,openai,plot,quantize,tensorboard]'
+	@$(BIN)/pip install --quiet --editable '.[dev,export,openai,plot,quantize,tensorboard]'
 	@touch $@ $(VENV)/.installed
