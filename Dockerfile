@@ -1,7 +1,9 @@
 # CPU:   docker build -t distill-llm .
 # CUDA:  docker build -t distill-llm:cuda --build-arg CUDA=1 .
-# Run:   docker run --rm -v "$PWD:/work" distill-llm quickstart
+# Run:   docker run --rm distill-llm                                                  the quickstart
+#        docker run --rm -v "$PWD:/work" distill-llm run recipes/my-data.yaml         anything else; runs/ stays in $PWD
 #        (CUDA: add --gpus all; another user's folder: add --user "$(id -u):$(id -g)")
+#        Downloads lie in the volume /work/.cache: add -v distill-cache:/work/.cache to keep them.
 FROM python:3.11-slim
 
 ARG CUDA=0
@@ -29,15 +31,16 @@ COPY data ./data
 # hadolint ignore=DL3013
 RUN pip install '.[tensorboard]'
 
-# Any user may write the caches, so that `--user` works. Mount a folder on /work/.cache to keep downloads.
+# Any user may write the caches, so that `--user` works.
 RUN useradd --create-home --uid 1000 distill \
     && mkdir -p /work/.cache \
     && chown -R distill /work \
     && chmod -R 1777 /work
+VOLUME /work/.cache
 ENV HF_HOME=/work/.cache/huggingface \
     PYTHONUNBUFFERED=1
 USER 1000
 WORKDIR /work
 
 ENTRYPOINT ["distill-llm"]
-CMD ["--help"]
+CMD ["quickstart"]

@@ -49,6 +49,7 @@ check: $(VENV)/.installed-dev ## lint, formatting, types, import layers, size ru
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 	$(BOUNDED) $(BIN)/python -m pytest tests/contracts/test_conventions.py
 
 format: $(VENV)/.installed-dev ## fix what lint can fix, and format
