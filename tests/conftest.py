@@ -272,6 +272,30 @@ def tiny_vision() -> Callable[..., LoadedModel]:
     return build
 
 
+@pytest.fixture
+def save_llava() -> Callable[..., tuple[Any, Any, Any]]:
+    """Saves a fresh LLaVA, which reads pictures of 16 x 16 pixels in 4 patches, with its words and <image>; gives
+    model, tokenizer and image processor."""
+
+    def save(folder: Path, tokenizer: Any) -> tuple[Any, Any, Any]:
+        from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers import LlavaForConditionalGeneration as Llava
+
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        torch.manual_seed(2)
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        text = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=64, **sizes)
+        vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=16, num_hidden_layers=2, **sizes)
+        place = tokenizer.convert_tokens_to_ids("<image>")
+        model = Llava(LlavaConfig(vision_config=vision, text_config=text, image_token_index=place)).eval()
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        for one in (model, tokenizer, processor):
+            one.save_pretrained(folder)
+        return model, tokenizer, processor
+
+    return save
+
+
 @pytest.fixture(params=["t5", "llama"])
 def tiny_model(request: pytest.FixtureRequest) -> Callable[..., LoadedModel]:
     """The test runs twice: with ``tiny_t5`` and with ``tiny_llama``."""

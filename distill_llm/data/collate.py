@@ -106,7 +106,7 @@ class Collator:
         if self.decoder_start_token_id is None:
             inputs = [[*row.input_ids, *row.label_ids] for row in rows]
             labels = [[IGNORE_INDEX] * len(row.input_ids) + list(row.label_ids) for row in rows]
-            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)}
+            return self._padded_inputs(inputs) | {"labels": _padded(labels, IGNORE_INDEX)} | self._pixels(rows)
         labels = [[IGNORE_INDEX] * len(row.prefix_ids) + list(row.label_ids) for row in rows]
         shifted = [[self.decoder_start_token_id, *row.prefix_ids, *row.label_ids[:-1]] for row in rows]
         return self._inputs(rows) | {
@@ -133,15 +133,20 @@ class Collator:
         from distill_llm.data.rows import RowView
 
         nothing = [self.pad_token_id]
+        read = (self.painter.places if self.painter is not None else []) or nothing
         filled = [
-            view if view is not None else RowView(nothing, nothing, [-1] * count)
+            view if view is not None else RowView(read, nothing, [-1] * count)
             for view, count in zip(views, num_labels, strict=True)
         ]
         return self._columns(filled) | {"places": _padded([view.places for view in filled], -1)}
 
     def _inputs(self, rows: Sequence[Row] | Sequence[RowView]) -> Batch:
+        return self._pixels(rows) or self._padded_inputs([row.input_ids for row in rows])
+
+    def _pixels(self, rows: Sequence[Row] | Sequence[RowView]) -> Batch:
+        """Nothing for a model that reads text alone."""
         if self.painter is None:
-            return self._padded_inputs([row.input_ids for row in rows])
+            return {}
         blank = self.painter.picture("")
         return {"pixel_values": self.painter.pixels([row.picture or blank for row in rows])}
 

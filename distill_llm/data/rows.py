@@ -105,7 +105,9 @@ class Row:
 
 
 def _num_input_tokens(row: Row | RowView) -> int:
-    return len(row.input_ids) if row.picture is None else row.picture.num_tokens
+    if row.picture is None or len(row.input_ids):  # a text has places for what is made of the picture
+        return len(row.input_ids)
+    return row.picture.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

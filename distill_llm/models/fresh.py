@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.models.vision import MODEL_TYPE, fresh_sections, is_vision, settled
+from distill_llm.models.vision import MODEL_TYPE, fresh_sections, is_mixed, is_vision, settled
 
 if TYPE_CHECKING:
     from distill_llm.models.spec import HubConfig, StudentSpec
@@ -17,7 +17,7 @@ def auto_class(config: Any) -> Any:
     """The family of models with a language head that a config belongs to."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-    if is_vision(config):
+    if is_vision(config) or is_mixed(config):
         return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 

@@ -18,6 +18,7 @@ from distill_llm.models.vision import (
     check_sections,
     fresh_painter,
     head_words,
+    is_mixed,
     is_vision,
     read_painter,
     settled,
@@ -125,6 +126,11 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
     else:
         config = read_config(spec.model, spec.revision, where=f"{where}.model")
         is_encoder_decoder = bool(config.is_encoder_decoder)
+        if is_mixed(config):
+            raise ConfigError(
+                f"{where}.model: '{spec.model}' ({config.model_type}) reads pictures within a text, and a student "
+                "reads one of the two. It can teach by soft labels (`teachers`, kind frozen, with `view.picture`)."
+            )
         if is_vision(config) != (spec.picture is not None):
             reads, do = ("pictures", "add") if is_vision(config) else ("text", "remove")
             raise ConfigError(

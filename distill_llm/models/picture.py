@@ -46,6 +46,7 @@ class Painter:
     """Draws pictures black on white, each always the same, and turns them into what a model takes.
 
     ``processor`` is the model's image processor. ``num_tokens``: of one picture, behind the model's encoder.
+    ``place_id``: the token of a text that holds the place of one of them; None for a model that reads pictures alone.
     """
 
     def __init__(self, spec: PictureSpec, processor: Any, *, channels: int, where: str):
@@ -61,6 +62,7 @@ class Painter:
         self._painted = functools.lru_cache(maxsize=max(1, _KEPT_BYTES // (spec.width * spec.height)))(self._paint)
         self._has = functools.cache(self._has_sign)
         self.num_tokens = 0
+        self.place_id: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,8 +107,13 @@ class Painter:
     def as_seen(self, spec: PictureSpec, where: str) -> Painter:
         """Other pictures for the same model."""
         painter = Painter(spec, self._processor, channels=1 if self._mode == "L" else 3, where=where)
-        painter.num_tokens = self.num_tokens
+        painter.num_tokens, painter.place_id = self.num_tokens, self.place_id
         return painter
+
+    @property
+    def places(self) -> list[int]:
+        """What a text has where the picture stands; nothing for a model that reads pictures alone."""
+        return [] if self.place_id is None else [self.place_id] * self.num_tokens
 
     def _paint(self, picture: Picture) -> Any:
         from PIL import Image, ImageDraw

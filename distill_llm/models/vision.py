@@ -1,4 +1,5 @@
-"""Models that read a picture and write text: transformers' VisionEncoderDecoderModel, from the Hub or from a config."""
+"""Models that read a picture and write text: transformers' VisionEncoderDecoderModel, from the Hub or from a config;
+and those that read a picture within a text, such as LLaVA."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 MODEL_TYPE = "vision-encoder-decoder"
 ENCODERS, DECODERS = ("vit",), ("bert", "gpt2", "trocr")
 """Model types of which a fresh model is made; others were not tried, and some decoders count positions by padding."""
+MIXED = ("llava",)
+"""Model types that read pictures within a text; others want more of a picture than its pixels."""
 
 
 def is_vision(config: Any) -> bool:
@@ -24,9 +27,14 @@ def is_vision(config: Any) -> bool:
     return config.model_type == MODEL_TYPE
 
 
+def is_mixed(config: Any) -> bool:
+    """Whether a model reads text, and pictures within it."""
+    return config.model_type in MIXED
+
+
 def head_words(config: Any) -> int:
     """Words that a model's head has logits for."""
-    return config.decoder.vocab_size if is_vision(config) else config.vocab_size
+    return config.decoder.vocab_size if is_vision(config) else config.get_text_config().vocab_size
 
 
 def decoder_positions(config: Any) -> int | None:
@@ -150,6 +158,11 @@ def read_painter(spec: PictureSpec, source: str, revision: str, config: Any, *, 
     """With the image processor of a model from the Hub or a folder; no weights are loaded."""
     from transformers import AutoImageProcessor
 
+    if is_mixed(config) and spec.source == "text":
+        raise ConfigError(
+            f"{where}.picture.source: the model ({config.model_type}) reads the text anyway, and a picture of it says "
+            "nothing new. Set source: data, for images of the examples' own (`task.fields.picture`)."
+        )
     # Pillow's own arithmetic, so that machines with and without torchvision see the same.
     options = {"where": where, "what": "image processor", "backend": "pil"}
     processor = from_hub(AutoImageProcessor.from_pretrained, source, revision, **options)
@@ -159,20 +172,29 @@ def read_painter(spec: PictureSpec, source: str, revision: str, config: Any, *, 
 def _counted(spec: PictureSpec, processor: Any, config: Any, where: str) -> Painter:
     """Its pictures pass through the model's encoder once, as shapes without numbers: that they fit, and how long
     what comes out is."""
-    import torch
-    from transformers import AutoModel
-
     from distill_llm.models.picture import Painter
 
-    painter = Painter(spec, processor, channels=getattr(config.encoder, "num_channels", 3), where=f"{where}.picture")
+    sees = config.vision_config if is_mixed(config) else config.encoder
+    painter = Painter(spec, processor, channels=getattr(sees, "num_channels", 3), where=f"{where}.picture")
     try:
-        with torch.device("meta"), torch.no_grad():
-            encoder = AutoModel.from_config(config.encoder).eval()
-            seen = encoder(pixel_values=torch.empty(1, *painter.shape))
+        painter.num_tokens = _states_of(config, painter.shape)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{where}: its encoder does not take pictures of {painter.shape} (channels, height, width), as its image "
             f"processor makes them: {str(error).strip().splitlines()[0]}"
         ) from None
-    painter.num_tokens = seen.last_hidden_state.size(1)
+    painter.place_id = config.image_token_id if is_mixed(config) else None
     return painter
+
+
+def _states_of(config: Any, shape: tuple[int, int, int]) -> int:
+    """How many a model makes of one picture."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"), torch.no_grad():
+        picture = torch.empty(1, *shape)
+        if is_mixed(config):
+            model: Any = AutoModel.from_config(config).eval()
+            return sum(len(states) for states in model.get_image_features(pixel_values=picture).pooler_output)
+        return AutoModel.from_config(config.encoder).eval()(pixel_values=picture).last_hidden_state.size(1)

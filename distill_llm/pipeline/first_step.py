@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import DistillError
@@ -30,14 +31,17 @@ def examine_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: 
     student.model.to(default_device())
     computes = choose_precision(recipe.train.precision, student.model)
     diagnosis.note("ok", "precision", f"a training computes in {computes.name}: {computes.why}")
-    recipe = _with_caches_that_can_be_read(recipe, student, rows, diagnosis)
+    instead = _instead_of_caches(recipe, student, rows, diagnosis)
+    recipe = recipe.model_copy(
+        update={"teachers": recipe.teachers | {n: recipe.teachers[of] for n, of in instead.items()}}
+    )
     if not recipe.objective:
         return
     teachers = open_teachers(recipe, recipe.objective, student)
     number = rows_per_batch(recipe.train)
     if recipe.train.tokens_per_batch:
         number = max(1, recipe.train.tokens_per_batch // max(row.num_tokens for row in rows.rows))
-    chosen = _mixed(rows, number)
+    chosen = [_as_read_by(instead, row) for row in _mixed(rows, number)]
     collated = collator_for(student, teachers, recipe.train.packing)(chosen)
     batch = {name: column.to(student.model.device) for name, column in collated.items()}
     diagnosis.rows = [_marked(batch, number, row, student.tokenizer) for number, row in enumerate(chosen[:4])]
@@ -54,9 +58,9 @@ def examine_step(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: 
     diagnosis.note("ok", "memory", f"one micro-batch of {len(chosen)} rows, forward and backward: {said}")
 
 
-def _with_caches_that_can_be_read(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> Recipe:
-    """Says how each cache stands; where one lacks rows, the teacher that it is made of takes its place here."""
-    teachers = dict(recipe.teachers)
+def _instead_of_caches(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> dict[str, str]:
+    """Says how each cache stands; of one that lacks rows, the teacher that takes its place here."""
+    instead = {}
     for plan in plan_caches(recipe, rows.rows, student.tokenizer.get_vocab()):
         what = f"cache {plan.name}"
         try:
@@ -72,8 +76,14 @@ def _with_caches_that_can_be_read(recipe: Recipe, student: LoadedModel, rows: Ro
             else:
                 diagnosis.note("ok", what, f"{plan.folder} is that of the recipe, undamaged, and has all of {of}")
         if missing:
-            teachers[plan.name] = teachers[plan.spec.of]
-    return recipe.model_copy(update={"teachers": teachers})
+            instead[plan.name] = plan.spec.of
+    return instead
+
+
+def _as_read_by(instead: Mapping[str, str], row: Row) -> Row:
+    """The row, with what a teacher reads of it under the name of the cache whose place it takes too."""
+    shown = {name: row.views[of] for name, of in instead.items() if of in row.views}
+    return replace(row, views={**row.views, **shown})
 
 
 def _taught_by_moving(recipe: Recipe, teachers: Mapping[str, Any]) -> set[str]:

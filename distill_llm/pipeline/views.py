@@ -55,22 +55,23 @@ class TeacherViewer:
                 found.append(None)
                 continue
             where = f"teachers.{self.name}.view: example '{example.id}'"
+            picture = None
             if self.reader.painter is not None:
                 prompt = render(self.recipe, self.reader.view, self.prompter, example, target)
                 picture = picture_of(self.reader.painter, prompt, example, where)
-                found.append(RowView((), own, places, prefix, picture))
-                continue
-            inputs = self._inputs(example, target)
-            _check_length(inputs, own, self.reader, where)
-            found.append(RowView(inputs, own, places, prefix))
+            inputs: Sequence[int] = ()
+            if self.reader.reads_text:
+                inputs = self._inputs(example, target, where)
+                _check_length(inputs, own, self.reader, where)
+            found.append(RowView(inputs, own, places, prefix, picture))
         return found
 
-    def _inputs(self, example: Example, target: Target) -> array[int]:
+    def _inputs(self, example: Example, target: Target, where: str) -> array[int]:
         """Shared by all rows of an example that are read alike."""
         prompt = render(self.recipe, self.reader.view, self.prompter, example, target)
         key = f"{example.id} {prompt if isinstance(prompt, str) else prompt[-1].content}"
         if key not in self._read:
-            self._read[key] = array("i", input_ids(self.reader, prompt))
+            self._read[key] = array("i", input_ids(self.reader, prompt, where))
         return self._read[key]
 
     def _targets(
@@ -132,12 +133,11 @@ def check_views(recipe: Recipe, examples: Sequence[Example]) -> None:
         _check_tokenizer(reader, name)
         for example in heapq.nlargest(_LONGEST, known, key=lambda example: len(example.prompt)):
             for target in targets_asked(recipe, name):
-                prompt = render(recipe, view, prompter, example, target)
+                prompt, whose = render(recipe, view, prompter, example, target), f"{where}: example '{example.id}'"
                 if reader.painter is not None:
-                    picture_of(reader.painter, prompt, example, f"{where}: example '{example.id}'")
-                    continue
-                ids = input_ids(reader, prompt)
-                _check_length(ids, (), reader, f"{where}: example '{example.id}'")
+                    picture_of(reader.painter, prompt, example, whose)
+                if reader.reads_text:
+                    _check_length(input_ids(reader, prompt, whose), (), reader, whose)
 
 
 def _check_modalities(recipe: Recipe) -> None:
@@ -176,13 +176,30 @@ def render(recipe: Recipe, view: TeacherView, prompter: Prompter, example: Examp
     return prompter.framed(PLACES.sub(lambda found: parts[found[1]], view.template))
 
 
-def input_ids(reader: Reader, prompt: Prompt) -> list[int]:
-    """As the student's view makes them: a text that is continued ends with a line, and with no end of sequence."""
+def input_ids(reader: Reader, prompt: Prompt, where: str) -> list[int]:
+    """As the student's view makes them: a text that is continued ends with a line, and with no end of sequence.
+
+    Raises DataError where a picture has no single place in it.
+    """
     continued = not reader.config.is_encoder_decoder
     if continued and isinstance(prompt, str) and not prompt.endswith("\n"):
         prompt = f"{prompt}\n"
     ids = prompt_ids(reader.tokenizer, prompt)
-    return ids[:-1] if continued and ids and ids[-1] == reader.tokenizer.eos_token_id else ids
+    if continued and ids and ids[-1] == reader.tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids if reader.painter is None else _with_places(ids, reader, reader.painter, where)
+
+
+def _with_places(ids: list[int], reader: Reader, painter: Painter, where: str) -> list[int]:
+    """A picture stands where the text names it, such as by <image>; elsewhere before the text."""
+    place = painter.place_id
+    assert place is not None, "a model that reads pictures alone gets no text"
+    named = ids.count(place)
+    if named > 1:
+        word = reader.tokenizer.convert_ids_to_tokens(place)
+        raise DataError(f"{where}: {word} stands {named} times in it, for one picture. Leave one of them.")
+    at = ids.index(place) if named else int(bool(ids) and ids[0] == reader.tokenizer.bos_token_id)
+    return [*ids[:at], *painter.places, *ids[at + named :]]
 
 
 def picture_of(painter: Painter, prompt: Prompt, example: Example, where: str) -> Picture:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.models.vision import is_vision, read_painter
+from distill_llm.models.vision import is_mixed, is_vision, read_painter
 from distill_llm.teachers.base import TensorTeacher, TensorTeacherSpec
 from distill_llm.teachers.beside import ModelBeside
 from distill_llm.teachers.student import StudentFacts, check_head
@@ -63,8 +63,10 @@ class Frozen(TensorTeacherSpec):
         if view is None:
             return None
         config = read_config(self.model, self.revision, where=self._where)
-        if is_vision(config) != (view.picture is not None):
+        if is_vision(config) != (view.picture is not None) and not is_mixed(config):
             reads, do = ("pictures", "Add") if is_vision(config) else ("text", "Remove")
+            if hasattr(config, "vision_config"):
+                reads = f"pictures within a text, in a way that is not known here ({config.model_type}; llava is)"
             raise ConfigError(f"{self._where}: its view: the model reads {reads}. {do} `picture` there.")
         return Reader(
             view,

@@ -150,11 +150,11 @@ class Transformers(TextTeacherSpec):
 
     def check(self, *, chat: bool, sampling: Sampling) -> None:
         from distill_llm.models.load import check_bits, choose_device
-        from distill_llm.models.vision import is_vision
+        from distill_llm.models.vision import is_mixed, is_vision
 
         choose_device(self.device, where=f"{_WHERE}.device")
         check_bits(self.model, self.load_in, where=f"{_WHERE}.load_in")
-        if is_vision(self._config()):
+        if is_vision(self._config()) or is_mixed(self._config()):
             raise ConfigError(
                 f"{_WHERE}.model: '{self.model}' reads pictures, and a prompt is text. Choose a model that reads text; "
                 "this one can teach by soft labels (`teachers`, kind frozen, with `view.picture`)."

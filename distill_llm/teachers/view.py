@@ -43,7 +43,9 @@ class TeacherView(Component):
     system: str = Field(default="", description="the system message of a chat")
     max_input_tokens: int = Field(default=2048, gt=0, description="a longer prompt is refused, never cut")
     picture: PictureSpec | None = Field(
-        default=None, description="it reads a picture of the text (vision-encoder-decoder models); absent: the text"
+        default=None,
+        description="it reads a picture of the text (vision-encoder-decoder models), or the data's own beside the text "
+        "(llava); absent: the text",
     )
     prefix_side: PrefixSide = Field(
         default="encoder",
@@ -81,7 +83,8 @@ class Reader:
     """How a teacher that does not read the student's columns reads a row.
 
     ``align``: how its tokens of a target find the student's, where its tokenizer is its own; empty where it is the
-    student's, and the tokens are the same. ``painter``: makes the pictures of a teacher that reads them.
+    student's, and the tokens are the same. ``painter``: makes the pictures of a teacher that reads them, alone or
+    within a text.
     """
 
     view: TeacherView
@@ -89,6 +92,10 @@ class Reader:
     config: Any
     align: Literal["", "text", "position"]
     painter: Painter | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        return self.painter is None or self.painter.place_id is not None
 
     @property
     def decoder_start_token_id(self) -> int | None:

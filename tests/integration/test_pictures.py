@@ -8,16 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from distill_llm.evaluation.scorecard import load_scorecard
-from tests.conftest import VIT_SIZES, vision_sizes
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.conftest import T5_SIZES, VIT_SIZES, vision_sizes
 
 pytest.importorskip("PIL", reason="needs the extra pictures")
 pytestmark = pytest.mark.slow
@@ -163,3 +161,47 @@ evaluate: {{controls: [], resamples: 200}}
     (tmp_path / "7.png").unlink()
     done = cli("run", "scans.yaml", "run_dir=again", expect=2)
     assert "7.png' cannot be read" in done.stderr
+
+
+def test_a_teacher_of_picture_and_text(
+    cli: Any, tmp_path: Path, save_rows: Any, save_llava: Any, tiny_t5: Any, lines: Any
+) -> None:
+    """The recipe with a small LLaVA in a folder: doctor, a cache of what it says, a student of text alone."""
+    from PIL import Image
+
+    rows: list[dict[str, Any]] = []
+    for number in range(30):
+        Image.new("RGB", (20, 30), ("red", "blue")[number % 2]).save(tmp_path / f"{number}.png")
+        rows.append({"question": "who pays more ?", "answer": "ann", "image": f"{number}.png", "why": "ann pays 2 ."})
+    save_rows("photos.jsonl", rows)
+    save_llava(tmp_path / "eye", tiny_t5(text=f"{WORDS} USER ASSISTANT").tokenizer)
+    recipe = str(Path(__file__).parents[2] / "recipes" / "image-text-teacher.yaml")
+    words = [
+        recipe,
+        "task.data=photos.jsonl",
+        "task.fields.rationale=why",
+        "rationales.teacher={kind: gold}",
+        "student.model=",
+        f"student.config={json.dumps(T5_SIZES)}",
+        "student.tokenizer=eye",
+        "teachers.eye.model=eye",
+        "teachers.eye.dtype=float32",
+        "teachers.eye.own_tokenizer=false",
+        "teachers.kept={kind: cached, of: eye}",
+        "objective.soft={name: soft, loss: {kind: forward_kl}, targets: [rationale], teacher: kept}",
+        "train.max_steps=4",
+        "train.epochs=0",
+        "train.rows_per_step=8",
+        "train.rows_per_batch=8",
+        "train.max_input_tokens=32",
+        "train.max_target_tokens=16",
+        "evaluate.controls=[]",
+        "run_dir=eye-run",
+    ]
+    said = " ".join(cli("doctor", *words, COLUMNS="200").stdout.split())
+    assert "may run" in said
+    cli("run", *words)
+    assert len(lines(tmp_path / "eye-run" / "predictions" / "student.jsonl")) == 3
+    assert json.loads((tmp_path / "eye-run" / "signals" / "kept" / "manifest.json").read_text())
+    done = cli("run", *words, "teachers.eye.view.picture=null", "run_dir=blind")
+    assert "kept" in done.stdout + done.stderr, "it also teaches by text alone"
