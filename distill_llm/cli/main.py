@@ -17,7 +17,7 @@ from rich.console import Console
 
 from distill_llm.cli import recipes, shipping
 from distill_llm.cli.terminal import Overrides, RecipePath, RunPath, be_quiet, console, plain, progress_bars, show_next
-from distill_llm.core.errors import DistillError, Interrupted
+from distill_llm.core.errors import BudgetReached, DistillError, Interrupted, TeacherError
 from distill_llm.core.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def generate_rationales(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show a prompt, requests and cost; ask nothing")] = False,
 ) -> None:
     """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice; works under torchrun."""
-    from distill_llm.cli.rationales import show_funnel, show_ledger, show_preview
-    from distill_llm.core.files import read_json
+    from distill_llm.cli.rationales import show_ledger, show_preview
     from distill_llm.pipeline.run import generate_rationales as generate
+    from distill_llm.pipeline.run import report_spent
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -79,12 +79,15 @@ def generate_rationales(
 
         show_preview(preview_rationales(loaded), console())
         return
-    with progress_bars() as progress:
-        run = generate(loaded, progress=progress)
+    try:
+        with progress_bars() as progress:
+            run = generate(loaded, progress=progress)
+    except (BudgetReached, TeacherError, KeyboardInterrupt):
+        show_ledger(report_spent(loaded), console())
+        raise
     if not is_main_process():
         return
-    show_funnel(read_json(run.funnel), console())
-    show_ledger(read_json(run.spent), console())
+    _show_rationales(run.root)
     console().print(f"Rationales: {run.rationales('train')}", highlight=False)
     show_next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
 
@@ -138,6 +141,7 @@ def evaluate(
 def run(recipe: RecipePath, overrides: Overrides = None, retrain: Retrain = False) -> None:
     """All stages, with ablations and controls. Resumes at the first that is unfinished."""
     card, folder = _run(recipe, overrides or [], retrain=retrain)
+    _show_rationales(folder)
     _show(card, folder)
 
 
@@ -203,6 +207,18 @@ def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tup
     loaded = load_recipe(recipe, overrides)
     with progress_bars() as progress:
         return run_recipe(loaded, retrain=retrain, progress=progress), loaded.folder
+
+
+def _show_rationales(folder: Path) -> None:
+    """What became of what the teacher was asked, and what it took; nothing where nobody was asked."""
+    from distill_llm.cli.rationales import show_funnel, show_ledger
+    from distill_llm.core.files import read_json
+    from distill_llm.pipeline.run_folder import RunFolder
+
+    files = RunFolder(folder)
+    if files.funnel.exists():
+        show_funnel(read_json(files.funnel), console())
+        show_ledger(read_json(files.spent), console())
 
 
 def _show(card: Scorecard, folder: Path) -> None:

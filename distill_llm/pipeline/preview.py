@@ -11,9 +11,10 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Example
 from distill_llm.core.journal import keys_of
 from distill_llm.pipeline.rationale_checks import check_teacher
-from distill_llm.pipeline.rationale_stage import check, make_asker, wanted_splits
+from distill_llm.pipeline.rationale_stage import check, is_gathered, make_asker, wanted_splits
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.prompts import make_prompter, prompt_text
+from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.rationales.voices import Voice
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.base import Prompt
@@ -37,7 +38,7 @@ class SplitPreview:
 class Preview:
     """``exact``: tokens were counted by the teacher's tokenizer. ``most_hinted``: further requests, if all votes were
     wrong. ``most_cost`` is None where the recipe gives no prices; it leaves hinted requests out. ``failing``: teachers
-    that cannot be had now, and why, where the recipe drops them."""
+    that cannot be had now, and why, where the recipe drops them; ``problem``: why those that it needs cannot."""
 
     prompt: str
     example_id: str
@@ -48,15 +49,16 @@ class Preview:
     most_cost: float | None
     currency: str
     failing: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
 
 
 def preview_rationales(recipe: Recipe) -> Preview:
     """One rendered prompt, tokens a request (least, mean, most), requests and cost. Writes nothing, asks nothing."""
     if recipe.rationales is None:
         raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
-    spec, splits = recipe.rationales, check(recipe, student=False)
+    spec, splits = recipe.rationales, check(recipe, student=False, teacher=False)
     wanted = wanted_splits(recipe, splits)
-    failing = check_teacher(spec, wanted) if spec.drops_failing else {}
+    failing, problem = _cannot_be_had(recipe, spec, wanted)
     asker, done = make_asker(recipe, spec), keys_of(RunFolder(recipe.folder).journals())
     speakers = [speaker for speaker in asker.speakers if speaker.voice.name not in failing and not speaker.dropped]
     everything: list[int] = []
@@ -91,7 +93,21 @@ def preview_rationales(recipe: Recipe) -> Preview:
         most_cost=most_cost if any(voice.prices.known for voice in spec.voices) else None,
         currency=next((voice.prices.currency for voice in spec.voices if voice.prices.known), spec.prices.currency),
         failing=failing,
+        problem=problem,
     )
+
+
+def _cannot_be_had(
+    recipe: Recipe, spec: RationaleSpec, wanted: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, str], str]:
+    """Which teachers may fail and do, and why asking would end at once: a server may not run yet, nor a key be there,
+    when somebody wants to know what asking would cost."""
+    if not spec.drops_failing and is_gathered(recipe, RunFolder(recipe.folder)):
+        return {}, ""
+    try:
+        return check_teacher(spec, wanted), ""
+    except ConfigError as error:
+        return {}, str(error)
 
 
 def _sample(examples: Sequence[Example]) -> Sequence[Example]:

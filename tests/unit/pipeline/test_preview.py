@@ -87,6 +87,13 @@ def test_a_chat_is_shown_with_who_speaks(teach: Any, even: Any) -> None:
     assert preview.prompt == "[system]\nBe brief.\n[user]\nis 0 even ?"
 
 
+def test_a_server_that_is_not_there_yet_is_no_hindrance_and_is_said(even: Any) -> None:
+    teacher = "rationales.teacher={kind: openai_compatible, model: tiny, base_url: 'http://127.0.0.1:9/v1'}"
+    preview = preview_rationales(even(teacher))
+    assert (preview.prompt, preview.splits[0].requests) == ("Q: is 0 even ?\nA:", 12)
+    assert "rationales.teacher.base_url: cannot connect to http://127.0.0.1:9/v1" in preview.problem
+
+
 def test_a_recipe_without_a_teacher_has_nothing_to_preview(even: Any) -> None:
     labels = "objective=[{name: label, loss: {kind: cross_entropy}, targets: [label]}]"
     with pytest.raises(ConfigError, match="there is no teacher to ask"):
