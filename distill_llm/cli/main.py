@@ -270,17 +270,23 @@ def main() -> NoReturn:
         except typer.Exit as done:
             sys.exit(done.exit_code)
         except (KeyboardInterrupt, Interrupted, typer.Abort) as stopped:
-            _say_error(str(stopped) or "interrupted; what was finished is kept.")
-            if is_main_process():
-                Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
-            sys.exit(Interrupted.exit_code)
+            _end_interrupted(str(stopped))
         except DistillError as error:
             _say_error(str(error))
             sys.exit(error.exit_code)
         except typer.TyperException as error:  # wrong use
             _show_usage(error)
             sys.exit(2)
+        if code == Interrupted.exit_code:  # all that typer makes of a KeyboardInterrupt
+            _end_interrupted()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_interrupted(reason: str = "") -> NoReturn:
+    _say_error(reason or "interrupted; what was finished is kept.")
+    if is_main_process():
+        Console(stderr=True).print(f"To go on: [bold]{plain(_typed())}[/bold]", highlight=False, soft_wrap=True)
+    sys.exit(Interrupted.exit_code)
 
 
 @contextmanager

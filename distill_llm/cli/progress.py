@@ -70,7 +70,7 @@ class TerminalProgress:
         self._bars.update(self._tasks[name], completed=done, total=total, note=note)
 
     def say(self, message: str) -> None:
-        self._bars.console.print(message, markup=False, highlight=False)
+        self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)  # a log has no width
 
     def _print_now_and_then(self, name: str, done: float, total: float, note: str) -> None:
         """A line every ten seconds, and one at the end."""

@@ -31,7 +31,7 @@ def _lines(console: Console) -> list[str]:
 
 
 def test_a_log_has_a_line_now_and_then_with_rate_and_rest(clock: Clock) -> None:
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=50)
     with TerminalProgress(console) as progress:
         for second in range(41):  # 20 a second, after 1,000 that were there before
             clock.now = 1000.0 + second
@@ -46,7 +46,7 @@ def test_a_log_has_a_line_now_and_then_with_rate_and_rest(clock: Clock) -> None:
 
 
 def test_a_slow_rate_has_digits_and_work_of_an_instant_none(clock: Clock) -> None:
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=50)
     with TerminalProgress(console) as progress:
         progress.advance("slow", 0, 10)
         clock.now += 4000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distill_llm.cli.rationales import show_funnel, show_ledger, show_preview
 from distill_llm.pipeline.preview import Preview, SplitPreview
 from distill_llm.rationales.dataset import Funnel
 from distill_llm.rationales.ledger import Prices, Spent, ledger_report
+from distill_llm.teachers.base import Completion, Request
+from distill_llm.teachers.gold import GoldTeacher
 
 PREVIEW = Preview(
     prompt="Q: [bold]one[/bold] ?\nA:",
@@ -158,6 +161,26 @@ def test_a_dry_run_tells_all_although_the_server_is_not_there(
     assert "USD at most" in said.out
     assert said.err.startswith("error: rationales.teacher.base_url: cannot connect to http://127.0.0.1:9/v1")
     assert [path.name for path in shop.iterdir()] == ["shop.yaml"]
+
+
+def test_an_interrupt_says_what_it_took_and_how_to_go_on(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def complete(self: GoldTeacher, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        for number, request in enumerate(requests):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield request, Completion("so ann", tokens_in=4, tokens_out=2)
+
+    monkeypatch.setattr(GoldTeacher, "complete", complete)
+    words = ("generate-rationales", "shop.yaml", "rationales.keep=[]")
+    assert _typed(*words, monkeypatch=monkeypatch) == 130
+    said = capsys.readouterr()
+    assert "spent: 3 requests; 12 tokens in, 6 out" in said.out
+    assert said.err.splitlines() == [
+        "error: interrupted; what was finished is kept.",
+        "To go on: distill-llm generate-rationales shop.yaml 'rationales.keep=[]'",
+    ]
 
 
 def test_a_used_up_budget_has_an_exit_code_of_its_own(shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
