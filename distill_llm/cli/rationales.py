@@ -38,7 +38,10 @@ def show_preview(preview: Preview, console: Console) -> None:
         )
     console.print(table)
     if preview.most_hinted:
-        console.print(f"and, for wrong votes, at most {preview.most_hinted:,} requests with a hint", highlight=False)
+        cost = f", which cost {about}{preview.most_hint_cost:,.2f} {preview.currency}" if preview.most_hint_cost else ""
+        console.print(
+            f"and, for wrong votes, at most {preview.most_hinted:,} requests with a hint{cost}", highlight=False
+        )
     cost = "unknown: the recipe has no rationales.prices"
     if preview.most_cost is not None:
         cost = f"{about}{preview.most_cost:,.2f} {preview.currency} at most"

@@ -70,6 +70,11 @@ def test_a_preview_says_what_it_only_guesses() -> None:
     assert "cost: about 12.35 EUR at most" in _shown(show_preview, _but(PREVIEW, exact=False))
 
 
+def test_a_preview_of_hints_knows_their_cost_too() -> None:
+    lines = _shown(show_preview, _but(PREVIEW, most_hint_cost=3.456))
+    assert "and, for wrong votes, at most 4,000 requests with a hint, which cost 3.46 EUR" in lines
+
+
 def _counts(**changes: Any) -> dict[str, Any]:
     funnel = Funnel(examples=500, asked=2_000, completed=1_990, parsed=1_900, agreed=1_500, kept=1_400)
     funnel.known, funnel.right = 500, 375
