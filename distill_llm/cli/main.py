@@ -22,6 +22,7 @@ from distill_llm.core.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.recipe.recipe import Recipe
 
 QUICKSTART = ("teacher", "scarce", "ample")
 
@@ -68,9 +69,8 @@ def generate_rationales(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show a prompt, requests and cost; ask nothing")] = False,
 ) -> None:
     """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice; works under torchrun."""
-    from distill_llm.cli.rationales import show_ledger, show_preview
+    from distill_llm.cli.rationales import show_preview
     from distill_llm.pipeline.run import generate_rationales as generate
-    from distill_llm.pipeline.run import report_spent
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -79,12 +79,8 @@ def generate_rationales(
 
         show_preview(preview_rationales(loaded), console())
         return
-    try:
-        with progress_bars() as progress:
-            run = generate(loaded, progress=progress)
-    except (BudgetReached, TeacherError, KeyboardInterrupt):
-        show_ledger(report_spent(loaded), console())
-        raise
+    with _telling_what_was_spent(loaded), progress_bars() as progress:
+        run = generate(loaded, progress=progress)
     if not is_main_process():
         return
     _show_rationales(run.root)
@@ -205,8 +201,22 @@ def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tup
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    with progress_bars() as progress:
+    with _telling_what_was_spent(loaded), progress_bars() as progress:
         return run_recipe(loaded, retrain=retrain, progress=progress), loaded.folder
+
+
+@contextmanager
+def _telling_what_was_spent(recipe: Recipe) -> Iterator[None]:
+    """Where asking a teacher ends early, too."""
+    from distill_llm.cli.rationales import show_ledger
+    from distill_llm.pipeline.run import report_spent
+
+    try:
+        yield
+    except (BudgetReached, TeacherError, KeyboardInterrupt):
+        if recipe.rationales is not None:
+            show_ledger(report_spent(recipe), console())
+        raise
 
 
 def _show_rationales(folder: Path) -> None:
