@@ -17,11 +17,12 @@ from rich.console import Console
 
 from distill_llm.cli import recipes, shipping
 from distill_llm.cli.terminal import Overrides, RecipePath, RunPath, be_quiet, console, plain, progress_bars, show_next
-from distill_llm.core.errors import DistillError, Interrupted
+from distill_llm.core.errors import BudgetReached, DistillError, Interrupted, TeacherError
 from distill_llm.core.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
+    from distill_llm.recipe.recipe import Recipe
 
 QUICKSTART = ("teacher", "scarce", "ample")
 
@@ -68,8 +69,7 @@ def generate_rationales(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show a prompt, requests and cost; ask nothing")] = False,
 ) -> None:
     """Stage one: ask the teacher for rationales and labels. Resumes; nothing is asked twice; works under torchrun."""
-    from distill_llm.cli.rationales import show_funnel, show_ledger, show_preview
-    from distill_llm.core.files import read_json
+    from distill_llm.cli.rationales import show_preview
     from distill_llm.pipeline.run import generate_rationales as generate
     from distill_llm.recipe.load import load_recipe
 
@@ -79,12 +79,11 @@ def generate_rationales(
 
         show_preview(preview_rationales(loaded), console())
         return
-    with progress_bars() as progress:
+    with _telling_what_was_spent(loaded), progress_bars() as progress:
         run = generate(loaded, progress=progress)
     if not is_main_process():
         return
-    show_funnel(read_json(run.funnel), console())
-    show_ledger(read_json(run.spent), console())
+    _show_rationales(run.root)
     console().print(f"Rationales: {run.rationales('train')}", highlight=False)
     show_next(f"distill-llm train {shlex.join([recipe, *(overrides or [])])}")
 
@@ -138,6 +137,7 @@ def evaluate(
 def run(recipe: RecipePath, overrides: Overrides = None, retrain: Retrain = False) -> None:
     """All stages, with ablations and controls. Resumes at the first that is unfinished."""
     card, folder = _run(recipe, overrides or [], retrain=retrain)
+    _show_rationales(folder)
     _show(card, folder)
 
 
@@ -201,8 +201,34 @@ def _run(recipe: str, overrides: Sequence[str], *, retrain: bool = False) -> tup
     from distill_llm.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    with progress_bars() as progress:
+    with _telling_what_was_spent(loaded), progress_bars() as progress:
         return run_recipe(loaded, retrain=retrain, progress=progress), loaded.folder
+
+
+@contextmanager
+def _telling_what_was_spent(recipe: Recipe) -> Iterator[None]:
+    """Where asking a teacher ends early, too."""
+    from distill_llm.cli.rationales import show_ledger
+    from distill_llm.pipeline.run import report_spent
+
+    try:
+        yield
+    except (BudgetReached, TeacherError, KeyboardInterrupt):
+        if recipe.rationales is not None:
+            show_ledger(report_spent(recipe), console())
+        raise
+
+
+def _show_rationales(folder: Path) -> None:
+    """What became of what the teacher was asked, and what it took; nothing where nobody was asked."""
+    from distill_llm.cli.rationales import show_funnel, show_ledger
+    from distill_llm.core.files import read_json
+    from distill_llm.pipeline.run_folder import RunFolder
+
+    files = RunFolder(folder)
+    if files.funnel.exists():
+        show_funnel(read_json(files.funnel), console())
+        show_ledger(read_json(files.spent), console())
 
 
 def _show(card: Scorecard, folder: Path) -> None:
@@ -254,17 +280,23 @@ def main() -> NoReturn:
         except typer.Exit as done:
             sys.exit(done.exit_code)
         except (KeyboardInterrupt, Interrupted, typer.Abort) as stopped:
-            _say_error(str(stopped) or "interrupted; what was finished is kept.")
-            if is_main_process():
-                Console(stderr=True).print(f"To go on: [bold]{_typed()}[/bold]", highlight=False, soft_wrap=True)
-            sys.exit(Interrupted.exit_code)
+            _end_interrupted(str(stopped))
         except DistillError as error:
             _say_error(str(error))
             sys.exit(error.exit_code)
         except typer.TyperException as error:  # wrong use
             _show_usage(error)
             sys.exit(2)
+        if code == Interrupted.exit_code:  # all that typer makes of a KeyboardInterrupt
+            _end_interrupted()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_interrupted(reason: str = "") -> NoReturn:
+    _say_error(reason or "interrupted; what was finished is kept.")
+    if is_main_process():
+        Console(stderr=True).print(f"To go on: [bold]{plain(_typed())}[/bold]", highlight=False, soft_wrap=True)
+    sys.exit(Interrupted.exit_code)
 
 
 @contextmanager

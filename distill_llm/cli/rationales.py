@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from distill_llm.core.errors import ConfigError
 from distill_llm.rationales.members import describe_dropped
 
 if TYPE_CHECKING:
@@ -37,12 +38,17 @@ def show_preview(preview: Preview, console: Console) -> None:
         )
     console.print(table)
     if preview.most_hinted:
-        console.print(f"and, for wrong votes, at most {preview.most_hinted:,} requests with a hint", highlight=False)
+        cost = f", which cost {about}{preview.most_hint_cost:,.2f} {preview.currency}" if preview.most_hint_cost else ""
+        console.print(
+            f"and, for wrong votes, at most {preview.most_hinted:,} requests with a hint{cost}", highlight=False
+        )
     cost = "unknown: the recipe has no rationales.prices"
     if preview.most_cost is not None:
         cost = f"{about}{preview.most_cost:,.2f} {preview.currency} at most"
     console.print(f"cost: {cost}", highlight=False)
     console.print("Nothing was asked, nothing was written.", highlight=False)
+    if preview.problem:
+        raise ConfigError(preview.problem)  # it shows here, and not only when somebody waits for answers
 
 
 def show_funnel(funnel: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -62,6 +68,13 @@ def show_funnel(funnel: Mapping[str, Mapping[str, Any]], console: Console) -> No
         reasons += [f"{counts['cut']:,} cut at max_new_tokens"] if counts["cut"] else []
         if reasons:
             console.print(f"{split}: {'; '.join(reasons)}", highlight=False)
+    if funnel["train"]["completed"] and not funnel["train"]["kept"]:
+        console.print(
+            "warning: not one rationale was kept. rationales/journal.jsonl has the texts: look at some, then change "
+            "the prompt, or the rules of `keep` (which asks for nothing again).",
+            style="yellow",
+            highlight=False,
+        )
     _show_teachers(funnel, console)
 
 
@@ -80,18 +93,14 @@ def _show_teachers(funnel: Mapping[str, Mapping[str, Any]], console: Console) ->
 
 
 def show_ledger(report: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """What it took, all runs together."""
+    """What it took: in all, and the last time that something was asked, where that is less."""
     total = report["total"]
+    latest = report.get("latest", total)
     if total["seconds"] < 1 and not total["tokens_out"]:
         return  # nothing was computed: it was there already
-    retries = f", {total['retries']:,} of them retries" if total["retries"] else ""
-    failures = f", {total['failures']:,} failed" if total["failures"] else ""
-    cost = f", {total['cost']:,.4f} {total['currency']}" if total["cost"] is not None else ""
-    console.print(
-        f"spent: {total['requests']:,} requests{retries}{failures}; {total['tokens_in']:,} tokens in, "
-        f"{total['tokens_out']:,} out; {total['seconds']:,.0f} s, {total['tokens_per_second']:,.0f} tokens/s{cost}",
-        highlight=False,
-    )
+    console.print(f"spent: {_spent(total)}", highlight=False)
+    if latest["requests"] != total["requests"]:
+        console.print(f"  of it the last time: {_spent(latest)}", highlight=False)
     for name, spent in report.get("teachers", {}).items():
         cost = f", {spent['cost']:,.4f} {spent['currency']}" if spent["cost"] is not None else ""
         console.print(
@@ -99,6 +108,16 @@ def show_ledger(report: Mapping[str, Mapping[str, Any]], console: Console) -> No
             f"{spent['seconds']:,.0f} s{cost}",
             highlight=False,
         )
+
+
+def _spent(part: Mapping[str, Any]) -> str:
+    retries = f", {part['retries']:,} of them retries" if part["retries"] else ""
+    failures = f", {part['failures']:,} failed" if part["failures"] else ""
+    cost = f", {part['cost']:,.4f} {part['currency']}" if part["cost"] is not None else ""
+    return (
+        f"{part['requests']:,} requests{retries}{failures}; {part['tokens_in']:,} tokens in, {part['tokens_out']:,} "
+        f"out; {part['seconds']:,.0f} s, {part['tokens_per_second']:,.0f} tokens/s{cost}"
+    )
 
 
 def show_uploads(files: Sequence[Upload], console: Console) -> None:

@@ -37,7 +37,8 @@ def progress_bars() -> TerminalProgress:
 
 
 def show_next(command: str) -> None:
-    console().print(f"Next: [bold]{command}[/bold]", highlight=False)
+    """On one line however narrow the terminal is, so that it can be copied."""
+    console().print(f"Next: [bold]{escape(command)}[/bold]", highlight=False, soft_wrap=True)
 
 
 def plain(message: str) -> str:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distill_llm.core.errors import ConfigError, TeacherError
 from distill_llm.core.example import Example
 from distill_llm.core.files import read_json, write_json
 from distill_llm.core.journal import Entry, Journal
 from distill_llm.core.prices import Prices
-from distill_llm.core.processes import my_share, rank, world_size
+from distill_llm.core.processes import is_main_process, my_share, rank, world_size
 from distill_llm.core.progress import Progress
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.dataset import judge
 from distill_llm.rationales.generate import Asker, Round, Speaker, ask, completion_of, needs_hint, unanswered
-from distill_llm.rationales.ledger import Gate, Ledger, Spent, Tariff, account, cost_of, read_ledgers, sum_up
+from distill_llm.rationales.ledger import (
+    Gate,
+    Ledger,
+    Spent,
+    Tariff,
+    account,
+    cost_of,
+    ledger_report,
+    read_ledgers,
+    spent_since,
+    sum_up,
+)
 from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.teachers.base import Completion, Request
 
@@ -57,6 +69,15 @@ class Asking:
         # One gate for all rounds: this process's part of what was left when it began. Were it shared out anew before
         # each round, a fast process would take from a slow one's part what that one has not spent yet.
         self._gate = _gate(asker.spec, read_ledgers(run.ledgers()), by_all)
+
+    def begin(self) -> None:
+        """Notes where the ledger stands, so that what this command spends can be told from what others did."""
+        if is_main_process():
+            mine = {self._run.spent_before(number) for number in range(world_size())}
+            for _, path in self._run.all_spent_before():
+                if path not in mine:  # of an earlier command, which had more processes
+                    path.unlink()
+        self.ledger.save_as(self._run.spent_before(rank()))
 
     def __enter__(self) -> Asking:
         return self
@@ -126,8 +147,10 @@ class Asking:
         if speaker.dropped:
             return
         name = f"rationales, {voice.name}, {split}{what}" if voice.name else f"rationales, {split}{what}"
+        name = f"{name}, process {rank()}" if world_size() > 1 else name
         try:
-            self._round(speaker, split, name, lambda: requests(speaker), checks=drops)
+            turn = Round(name, 0, 0, samples=1 if what else voice.samples)
+            self._round(speaker, split, turn, lambda: requests(speaker), checks=drops)
         except (ConfigError, TeacherError) as error:
             if not drops:
                 raise
@@ -136,16 +159,14 @@ class Asking:
             speaker.rest()
 
     def _round(
-        self, speaker: Speaker, split: str, name: str, requests: Callable[[], Iterator[Request]], *, checks: bool
+        self, speaker: Speaker, split: str, turn: Round, requests: Callable[[], Iterator[Request]], *, checks: bool
     ) -> None:
-        total = waiting = 0
         for request in requests():
-            total += 1
-            waiting += request.key not in self.journal
-        turn = Round(f"{name}, process {rank()}" if world_size() > 1 else name, total, total - waiting)
-        if not waiting:
-            if total:
-                self._progress.advance(turn.name, total, total)
+            turn.total += 1
+            turn.done += request.key in self.journal
+        if turn.done == turn.total:
+            if turn.total:
+                self._progress.advance(turn.name, turn.total, turn.total)
             return
         if checks:
             speaker.check()
@@ -185,6 +206,12 @@ def _gate(spec: RationaleSpec, ledgers: Mapping[str, Spent], journals: Mapping[s
 def prices_of(spec: RationaleSpec) -> dict[str, Prices]:
     """Those of each of several teachers."""
     return {voice.name: voice.prices for voice in spec.voices if voice.name}
+
+
+def spent_in(run: RunFolder, spec: RationaleSpec) -> dict[str, Any]:
+    """What asking came to: of all processes and commands, and of the latest command that asked."""
+    latest = spent_since(run.all_spent_before())
+    return ledger_report(read_ledgers(run.ledgers()), spec.prices, prices_of(spec), latest)
 
 
 def drop(asker: Asker, speaker: Speaker, reason: str, run: RunFolder, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from distill_llm.core.files import fingerprint, read_json, write_json
 from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import Progress
 from distill_llm.models.load import check_student
-from distill_llm.pipeline.asking import Asked, Asking, drop, hear_of_dropped, prices_of
+from distill_llm.pipeline.asking import Asked, Asking, drop, hear_of_dropped, spent_in
 from distill_llm.pipeline.pictures import check_pictures
 from distill_llm.pipeline.publish import write_card
 from distill_llm.pipeline.rationale_checks import check_teacher, without_exemplars
@@ -23,7 +23,6 @@ from distill_llm.pipeline.transfer import check_transfer
 from distill_llm.pipeline.views import check_views, view_prompters
 from distill_llm.rationales.dataset import Funnel, judge, make_rows, read_rows, row_writer, teacher_answers
 from distill_llm.rationales.generate import Asker, Speaker
-from distill_llm.rationales.ledger import ledger_report, read_ledgers
 from distill_llm.rationales.members import Score, Share, say_of_each
 from distill_llm.rationales.prompts import make_prompter
 from distill_llm.rationales.spec import RationaleSpec
@@ -56,12 +55,13 @@ def load_examples(recipe: Recipe) -> Splits:
     return splits
 
 
-def check(recipe: Recipe, *, student: bool = True) -> Splits:
+def check(recipe: Recipe, *, student: bool = True, teacher: bool = True) -> Splits:
     """The examples, after everything that the recipe names was found to be there.
 
     Called before anything is written, and before a teacher is asked for money or hours. Loads no weights. A teacher
     whose answers are all there already is not looked for: its server may be gone. Without ``student``, what only
-    training needs is left out: the machine that asks need not be the one that trains.
+    training needs is left out: the machine that asks need not be the one that trains. Without ``teacher``, it is not
+    looked for at all.
     """
     splits = load_examples(recipe)
     _check_labels(recipe, splits)
@@ -72,7 +72,7 @@ def check(recipe: Recipe, *, student: bool = True) -> Splits:
             "labelled validation data (validation_data for jsonl), let the teacher's votes serve "
             "(label_from=gold_else_teacher), or remove `tune`."
         )
-    if recipe.rationales is not None and not _is_gathered(recipe, RunFolder(recipe.folder)):
+    if teacher and recipe.rationales is not None and not is_gathered(recipe, RunFolder(recipe.folder)):
         check_teacher(recipe.rationales, wanted_splits(recipe, splits))
     if student:
         check_training(recipe, splits)
@@ -162,6 +162,7 @@ def gather(recipe: Recipe, splits: Splits, run: RunFolder, progress: Progress) -
         _say_what_is_there(asking, total, found, progress)
         hints, hinted = asking.count_hinted(wanted)
         if found + hinted < total + hints:
+            asking.begin()
             _ask(asking, recipe, spec, wanted)
         asked = asking.asked
     main_first(lambda: _write(asker, recipe, wanted, run, progress, asked), patience=PATIENCE)
@@ -173,7 +174,7 @@ def read_material(recipe: Recipe, splits: Splits, run: RunFolder) -> Material | 
         return Material(splits, {}, {})
     if not run.rationales("train").exists() or not run.rationales_made_of.exists():
         return None
-    if not _is_gathered(recipe, run):
+    if not is_gathered(recipe, run):
         raise ConfigError(
             f"{run.rationales('train')}: these rationales were made with another task, seed or `rationales` section. "
             "First type: distill-llm generate-rationales RECIPE (what the journal holds is not asked again)."
@@ -220,7 +221,7 @@ def _begin_dropping(asker: Asker, recipe: Recipe, run: RunFolder, progress: Prog
     """A new command tries all teachers again; but one whose lack a student has learned with stays out."""
     if not asker.spec.drops_failing:
         return
-    if run.training_has_begun and _is_gathered(recipe, run):
+    if run.training_has_begun and is_gathered(recipe, run):
         hear_of_dropped(asker, run)
         return
     main_first(lambda: _forget_dropped(run))
@@ -235,7 +236,7 @@ def _forget_dropped(run: RunFolder) -> None:
 
 
 def _ask(asking: Asking, recipe: Recipe, spec: RationaleSpec, wanted: Mapping[str, Sequence[Example]]) -> None:
-    if _is_gathered(recipe, RunFolder(recipe.folder)):  # then the checks were left out: the teacher has changed
+    if is_gathered(recipe, RunFolder(recipe.folder)):  # then the checks were left out: the teacher has changed
         check_teacher(spec, wanted)
     for split, examples in wanted.items():
         asking.complete(split, examples)
@@ -264,7 +265,7 @@ def _write(
     counts = {}
     with Asking(asker, run, progress) as everything:
         spec = recipe.rationales
-        write_json(run.spent, ledger_report(read_ledgers(run.ledgers()), spec.prices, prices_of(spec)))
+        write_json(run.spent, spent_in(run, spec))
         _refuse_missing(everything, wanted, asked)
         say = _say_of_each(everything, wanted)
         for split, examples in wanted.items():
@@ -347,7 +348,7 @@ def _labelled(examples: Sequence[Example], answers: Mapping[str, TeacherAnswer])
     )
 
 
-def _is_gathered(recipe: Recipe, run: RunFolder) -> bool:
+def is_gathered(recipe: Recipe, run: RunFolder) -> bool:
     """Whether the folder holds the data set of this recipe."""
     path = run.rationales_made_of
     return recipe.rationales is not None and path.exists() and read_json(path) == made_of(recipe, recipe.rationales)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.example import Splits
 from distill_llm.core.processes import main_first, world_size
 from distill_llm.core.progress import SILENT, Progress
 from distill_llm.core.quiet import quiet_libraries
+from distill_llm.pipeline.asking import spent_in
 from distill_llm.pipeline.rationale_stage import PATIENCE, Material, check, gather, load_examples, read_material
 from distill_llm.pipeline.run_folder import RunFolder, claim, open_run
 from distill_llm.pipeline.standing import settled
@@ -40,6 +41,13 @@ def generate_rationales(recipe: Recipe, *, progress: Progress = SILENT) -> RunFo
     run = RunFolder(recipe.folder)
     gather(recipe, splits, run, progress)
     return run
+
+
+def report_spent(recipe: Recipe) -> dict[str, Any]:
+    """What asking the recipe's teacher came to so far, in all and by the latest command that asked, finished or not."""
+    if recipe.rationales is None:
+        raise ConfigError(f"recipe {recipe.name} has no `rationales` section: there is no teacher to ask.")
+    return spent_in(RunFolder(recipe.folder), recipe.rationales)
 
 
 def cache_signals(recipe: Recipe, *, progress: Progress = SILENT) -> list[CacheReport]:

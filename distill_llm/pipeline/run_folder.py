@@ -59,6 +59,15 @@ class RunFolder:
     def ledgers(self) -> list[Path]:
         return sorted(self.rationale_folder.glob("ledger*.json"))
 
+    def spent_before(self, process: int = 0) -> Path:
+        """What a process's ledger held when the latest command that asked began to."""
+        return self.rationale_folder / (f"before.{process}.json" if process else "before.json")
+
+    def all_spent_before(self) -> list[tuple[Path, Path]]:
+        """Ledgers of the processes of that command, each with what it held before."""
+        found = sorted(self.rationale_folder.glob("before*.json"))
+        return [(path.with_name(path.name.replace("before", "ledger", 1)), path) for path in found]
+
     def dropped(self, process: int = 0) -> Path:
         """Which of several teachers a process asks no more, and why."""
         return self.rationale_folder / (f"dropped.{process}.json" if process else "dropped.json")

@@ -68,7 +68,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
         versions=installed_versions(),
         seed=recipe.seed,
         resamples=recipe.evaluate.resamples,
-        notes=[*_notes(recipe, run), *biases],
+        notes=[*_notes(recipe, material, run), *biases],
         labels=labels,
         left_out=left_out(recipe, labels),
         avalanche=avalanche_of(recipe, material.splits.test, run, answers, progress),
@@ -191,7 +191,7 @@ def _agree_with_metric(recipe: Recipe, material: Material, predictions: Predicti
     assert math.isclose(computed["accuracy"], sum(right) / len(right)), (computed, sum(right) / len(right))
 
 
-def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
+def _notes(recipe: Recipe, material: Material, run: RunFolder) -> list[str]:
     tuned = recipe.train.tune
     notes = [
         f"Every student and control was trained with each of the learning rates {list(tuned)}; validation chose."
@@ -203,6 +203,7 @@ def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
         notes.append(f"Controls that are not trained yet: {', '.join(missing)}; `distill-llm run` trains them.")
     funnel = read_json(run.funnel) if recipe.rationales is not None and run.funnel.exists() else {}
     notes += describe_dropped({split: counts.get("teachers", {}) for split, counts in funnel.items()})
+    notes += _validated_by_votes(material, run)
     notes += warnings_of(read_json(run.lacking)) if run.lacking.exists() else []
     if recipe.transfer is not None:
         which, these = ("with only", "any other label") if recipe.transfer.only else ("without", "them")
@@ -213,6 +214,20 @@ def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
     if recipe.train.workers > 1:
         notes.append(f"Up to {recipe.train.workers} trainings ran side by side, each on one thread.")
     return notes
+
+
+def _validated_by_votes(material: Material, run: RunFolder) -> list[str]:
+    """A sentence where validation examples have no gold label, and the teacher's stands in for it."""
+    path = run.rationales("validation")
+    unlabelled = {row.example_id for row in read_rows(path) if row.gold_label is None} if path.exists() else set()
+    labelled = [example.id for example in material.splits.validation if example.label is not None]
+    voted = len(unlabelled.intersection(labelled))
+    if not voted:
+        return []
+    return [
+        f"Validation was by the teacher's votes on {voted:,} of {len(labelled):,} examples, which have no gold label: "
+        "what it chose, checkpoints and perhaps learning rates, agrees with the teacher there, right or wrong."
+    ]
 
 
 def _hardware() -> str:

@@ -12,6 +12,7 @@ from distill_llm.core.files import fingerprint
 from distill_llm.rationales.ledger import account
 from distill_llm.rationales.parse import Parsed, parse
 from distill_llm.rationales.prompts import hinted
+from distill_llm.rationales.vote import vote
 from distill_llm.tasks.wording import bare_question
 from distill_llm.teachers.base import Completion, Failure, Request, TextTeacher, TokenScores
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from distill_llm.rationales.spec import RationaleSpec
     from distill_llm.rationales.voices import Voice
     from distill_llm.tasks.base import Task
+
+_WAITING_EXAMPLES = 10_000  # what a bar may hold in memory
 
 
 class Speaker:
@@ -126,12 +129,16 @@ def needs_hint(answers: Sequence[Parsed], example: Example, task: Task) -> bool:
 
 @dataclass(slots=True)
 class Tally:
-    """What the progress bar says of the completions of this run."""
+    """What the progress bar says of the completions of this run; of ``samples`` an example also how far they agree."""
 
+    samples: int = 1
     completed: int = 0
     parsed: int = 0
     known: int = 0
     right: int = 0
+    voted: int = 0
+    agreement: float = 0.0
+    waiting: dict[str, list[Parsed]] = field(default_factory=dict)
 
     def count(self, answer: Parsed, example: Example, task: Task) -> None:
         self.completed += 1
@@ -139,21 +146,37 @@ class Tally:
         if example.label is not None:
             self.known += 1
             self.right += answer.label is not None and task.same(answer.label, example.label)
+        if self.samples > 1:
+            self._vote(answer, example, task)
+
+    def _vote(self, answer: Parsed, example: Example, task: Task) -> None:
+        """Votes where an example's samples are all there. One whose other samples came earlier, or never come, waits
+        until there are too many such."""
+        together = self.waiting.setdefault(example.id, [])
+        together.append(answer)
+        if len(together) == self.samples:
+            del self.waiting[example.id]
+            self.voted += 1
+            self.agreement += vote(together, task.same)[1]
+        elif len(self.waiting) > _WAITING_EXAMPLES:
+            del self.waiting[next(iter(self.waiting))]
 
     def note(self) -> str:
         if not self.completed:
             return ""
         right = f", {self.right / self.known:.0%} right" if self.known else ""
-        return f"{self.parsed / self.completed:.0%} parsed{right}"
+        agreed = f", {self.agreement / self.voted:.0%} agreed" if self.voted else ""
+        return f"{self.parsed / self.completed:.0%} parsed{right}{agreed}"
 
 
 @dataclass(slots=True)
 class Round:
-    """One pass over the requests of a split: what came of it besides the journal's lines."""
+    """One pass over the requests of a split, ``samples`` of each example: what came of it besides journal lines."""
 
     name: str
     total: int
     done: int
+    samples: int = 1
     failures: dict[str, str] = field(default_factory=dict)
     closed: str = ""
 
@@ -173,7 +196,7 @@ def ask(
 
     ``waiting`` gives the requests that are in neither the journal nor ``turn.failures``, each time anew.
     """
-    tally = Tally()
+    tally = Tally(turn.samples)
 
     def take(request: Request, result: Completion | Failure) -> None:
         if isinstance(result, Completion):  # first of all: from here on it cannot be lost

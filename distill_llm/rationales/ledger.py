@@ -61,6 +61,9 @@ class Spent:
     def plus(self, other: Spent) -> Spent:
         return Spent(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Spent)))
 
+    def minus(self, other: Spent) -> Spent:
+        return Spent(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(Spent)))
+
     def with_journal(self, journal: Spent) -> Spent:
         """At least what the journal holds: a kill may lose the last seconds of a ledger, never a journal line."""
         return Spent(
@@ -85,8 +88,7 @@ class Ledger:
     def __init__(self, path: Path, journal: Mapping[str, Spent]):
         """``journal``: what the completions in this process's journal came to, by account."""
         self._path = path
-        found = read_json(path) if path.exists() else {}
-        self.accounts = {name: Spent(**spent) for name, spent in found.items()}
+        self.accounts = _read(path)
         for name, spent in journal.items():
             self.accounts[name] = self.accounts.get(name, Spent()).with_journal(spent)
         self._since = self._written = time.monotonic()
@@ -108,16 +110,35 @@ class Ledger:
         self._since = self._written = now
         self._save()
 
+    def save_as(self, path: Path) -> None:
+        """A copy of where it stands."""
+        write_json(path, {name: asdict(spent) for name, spent in self.accounts.items()})
+
     def _save(self) -> None:
-        write_json(self._path, {name: asdict(spent) for name, spent in self.accounts.items()})
+        self.save_as(self._path)
 
 
 def read_ledgers(paths: Iterable[Path]) -> dict[str, Spent]:
     """What all processes spent, by account. Side by side, the seconds are those of the longest."""
+    return _side_by_side(_read(path) for path in paths)
+
+
+def spent_since(paths: Iterable[tuple[Path, Path]]) -> dict[str, Spent]:
+    """What processes spent since another file was written: pairs of a ledger and of what it held then."""
+    ledgers = [(_read(now), _read(before)) for now, before in paths]
+    return _side_by_side({n: spent.minus(then.get(n, Spent())) for n, spent in now.items()} for now, then in ledgers)
+
+
+def _read(path: Path) -> dict[str, Spent]:
+    """Nothing where there is no file: that process has spent nothing."""
+    return {name: Spent(**spent) for name, spent in read_json(path).items()} if path.exists() else {}
+
+
+def _side_by_side(ledgers: Iterable[Mapping[str, Spent]]) -> dict[str, Spent]:
     found: dict[str, list[Spent]] = {}
-    for path in paths:
-        for name, spent in read_json(path).items():
-            found.setdefault(name, []).append(Spent(**spent))
+    for accounts in ledgers:
+        for name, spent in accounts.items():
+            found.setdefault(name, []).append(spent)
     totals = {name: sum_up(parts) for name, parts in found.items()}
     for name, parts in found.items():
         totals[name].seconds = max(part.seconds for part in parts)
@@ -133,10 +154,15 @@ def cost_of(accounts: Mapping[str, Spent], prices: Prices, own: Mapping[str, Pri
 
 
 def ledger_report(
-    accounts: Mapping[str, Spent], prices: Prices, own: Mapping[str, Prices] | None = None
+    accounts: Mapping[str, Spent],
+    prices: Prices,
+    own: Mapping[str, Prices] | None = None,
+    latest: Mapping[str, Spent] | None = None,
 ) -> dict[str, Any]:
     """The ledger as files, cards and tables show it: each split and the total, with rates and money; of several
-    teachers each of them too. ``own``: prices of those that have their own."""
+    teachers each of them too. ``own``: prices of those that have their own. ``latest``: the part of the
+    latest command that asked.
+    """
     own = own or {}
     known = [one for one in (*own.values(), prices) if one.known]
 
@@ -156,6 +182,7 @@ def ledger_report(
     return (
         {split: shown(those(0, split)) for split in splits}
         | {"total": shown(accounts)}
+        | ({"latest": shown(latest)} if latest is not None else {})
         | ({"teachers": named} if named else {})
     )
 

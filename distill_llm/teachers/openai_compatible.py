@@ -299,7 +299,7 @@ class _Connection:
         if status == 404 or "model_not_found" in codes:
             return TeacherError(
                 f"{_WHERE}: {self._spec.base_url} does not have what was asked for, model '{self._spec.model}' through "
-                f"api: {self._spec.api} (HTTP {status}: {reason}). Correct `model`, `api` or `base_url`."
+                f"api: {self._spec.api} (HTTP {status}: {reason}). Correct `model`, `api` or `base_url` (.../v1)."
             )
         if status == 402 or codes & _NO_MONEY:
             return TeacherError(

@@ -171,7 +171,7 @@ class Transformers(TextTeacherSpec):
         if chat and not self._tokenizer().chat_template:
             raise ConfigError(
                 f"{_WHERE}.model: the tokenizer of '{self.model}' has no chat template, but the prompts are chats. Set "
-                "rationales.prompt.style to plain text, or choose a model that was tuned for chat."
+                "rationales.prompt.style: text, or choose a model that was tuned for chat."
             )
 
     def vocabulary(self) -> dict[str, int]:

@@ -36,11 +36,11 @@ def test_whatever_moment_it_is_killed_at_each_completion_is_paid_for_and_kept_on
     kill_loop: ModuleType, tmp_path: Path
 ) -> None:
     """The script asserts what must hold after each kill and in the end; here, that the kills met what they should."""
-    report = kill_loop.measure(tmp_path, kills=6, seed=17, examples=60, latency=0.2)
+    report = kill_loop.measure(tmp_path, kills=6, seed=17, examples=90, latency=0.2)
     assert len(report.kills) == 6
     assert sum(met.startswith("asked") for met in report.kills) >= 4
     assert report.torn == 1
-    assert report.sent > report.completions > 120  # some were in flight when they were killed
+    assert report.sent > report.completions > 180  # some were in flight when they were killed
 
 
 def test_a_line_that_was_torn_at_any_byte_is_asked_for_again_and_no_other(

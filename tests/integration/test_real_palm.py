@@ -9,6 +9,7 @@ import pytest
 from distill_llm.core.example import Example
 from distill_llm.pipeline.rationale_stage import make_asker
 from distill_llm.rationales.dataset import Funnel, judge, make_rows
+from distill_llm.rationales.keep import AgreesWithLabel
 from distill_llm.recipe.load import load_recipe
 from distill_llm.teachers.base import Completion
 
@@ -37,7 +38,7 @@ def test_teacher_accuracy_is_the_published_one(name: str, monkeypatch: pytest.Mo
         by_origin[example.origin].append(example)
     asker = make_asker(recipe, spec)
     for split, (number, percent) in PUBLISHED[name].items():
-        counts = Funnel()
+        counts, rightful = Funnel(), Funnel()
         requests = {example.id: asker.requests(example, split) for example in by_origin[split]}
         asked = (request for of_example in requests.values() for request in of_example)
         there = {
@@ -46,5 +47,10 @@ def test_teacher_accuracy_is_the_published_one(name: str, monkeypatch: pytest.Mo
         for of_example in requests.values():
             plain = judge(of_example, there.get, recipe.task)
             counts.count(make_rows(plain, [], recipe.task, spec.keep), recipe.task)
+            rightful.count(make_rows(plain, [], recipe.task, [AgreesWithLabel()]), recipe.task)
         assert counts.completed == counts.examples == number
         assert round(100 * (counts.accuracy or 0), 2) == percent
+        # what is kept has a rationale too, which a few right answers lack
+        wordless = rightful.dropped["no rationale"] + rightful.dropped["empty"]
+        assert rightful.kept <= rightful.right <= rightful.kept + wordless
+        assert abs(100 * rightful.kept / number - percent) < 0.3

@@ -17,7 +17,7 @@ from distill_llm.tasks.jsonl import Jsonl
 from distill_llm.teachers.base import Completion, Message, Prompt, Request, Sampling
 from distill_llm.teachers.openai_compatible import OpenAICompatible
 from tests.conftest import LLAMA_SIZES, build_tiny
-from tests.servers import FaultyProxy, body, cut_off, program_server, reset, status, truncated
+from tests.servers import FaultyProxy, body, cut_off, hang, program_server, reset, status, truncated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,20 +128,22 @@ def test_stop_string_ends_a_text(url: str, folder: Path) -> None:
 def test_faults_on_the_way_change_no_text(url: str, folder: Path) -> None:
     no_choice = body({"choices": []})
     faults = [
-        status(429, headers={"retry-after-ms": "200"}),
+        status(429, headers={"Retry-After": "1"}),
         None,
+        status(429),
         reset,
         truncated,
         None,
+        hang,
         status(500),
         cut_off,
         no_choice,
     ]
     with FaultyProxy(url, faults) as proxy:
-        found = _ask(proxy.url, folder, CHATS, sampling=Sampling(max_new_tokens=12))
-        assert proxy.arrivals == len(CHATS) + 6
+        found = _ask(proxy.url, folder, CHATS, sampling=Sampling(max_new_tokens=12), timeout_seconds=6.0)
+        assert proxy.arrivals == len(CHATS) + 8
     assert _facts(found) == _by_hand(folder, CHATS, 12, chat=True)
-    assert sum(outcome.retries for outcome in found) == 6
+    assert sum(outcome.retries for outcome in found) == 8
 
 
 def test_server_without_log_probabilities_is_found_out(url: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distill_llm.cli.rationales import show_funnel, show_ledger, show_preview
 from distill_llm.pipeline.preview import Preview, SplitPreview
 from distill_llm.rationales.dataset import Funnel
 from distill_llm.rationales.ledger import Prices, Spent, ledger_report
+from distill_llm.teachers.base import Completion, Request
+from distill_llm.teachers.gold import GoldTeacher
 
 PREVIEW = Preview(
     prompt="Q: [bold]one[/bold] ?\nA:",
@@ -67,6 +70,11 @@ def test_a_preview_says_what_it_only_guesses() -> None:
     assert "cost: about 12.35 EUR at most" in _shown(show_preview, _but(PREVIEW, exact=False))
 
 
+def test_a_preview_of_hints_knows_their_cost_too() -> None:
+    lines = _shown(show_preview, _but(PREVIEW, most_hint_cost=3.456))
+    assert "and, for wrong votes, at most 4,000 requests with a hint, which cost 3.46 EUR" in lines
+
+
 def _counts(**changes: Any) -> dict[str, Any]:
     funnel = Funnel(examples=500, asked=2_000, completed=1_990, parsed=1_900, agreed=1_500, kept=1_400)
     funnel.known, funnel.right = 500, 375
@@ -97,6 +105,24 @@ def test_a_ledger_is_one_line_and_none_where_nothing_was_computed() -> None:
         "spent: 5 requests; 50 tokens in, 50 out; 2 s, 50 tokens/s"
     ]
     assert _shown(show_ledger, ledger_report({"train": Spent(requests=5, seconds=0.2)}, Prices())) == []
+    assert _shown(show_ledger, ledger_report({"train": plain}, Prices(), latest={"train": plain})) == [
+        "spent: 5 requests; 50 tokens in, 50 out; 2 s, 50 tokens/s"
+    ]
+
+
+def test_a_ledger_of_several_commands_tells_what_the_last_one_took() -> None:
+    all_of_it = Spent(requests=5, completions=5, tokens_in=50, tokens_out=50, seconds=2.0)
+    last = Spent(requests=2, completions=2, tokens_in=20, tokens_out=30, seconds=1.0)
+    assert _shown(show_ledger, ledger_report({"train": all_of_it}, Prices(), latest={"train": last})) == [
+        "spent: 5 requests; 50 tokens in, 50 out; 2 s, 50 tokens/s",
+        "of it the last time: 2 requests; 20 tokens in, 30 out; 1 s, 50 tokens/s",
+    ]
+
+
+def test_a_funnel_without_a_rationale_is_a_warning() -> None:
+    lines = _shown(show_funnel, {"train": _counts(kept=0, dropped={"unparsable: no answer sentence": 1_990})})
+    assert any(line.startswith("warning: not one rationale was kept.") for line in lines)
+    assert not any(line.startswith("warning") for line in _shown(show_funnel, {"train": _counts()}))
 
 
 @pytest.fixture
@@ -128,6 +154,40 @@ def test_a_dry_run_leaves_no_trace(shop: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [path.name for path in shop.iterdir()] == ["shop.yaml"]
 
 
+def test_a_dry_run_tells_all_although_the_server_is_not_there(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    served = "rationales.teacher={kind: openai_compatible, model: big, base_url: 'http://127.0.0.1:9/v1'}"
+    prices = "rationales.prices={input_per_million: 1, output_per_million: 2}"
+    words = ("generate-rationales", "shop.yaml", "--dry-run", served, prices)
+    assert _typed(*words, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr()
+    assert "train        12" in said.out
+    assert "USD at most" in said.out
+    assert said.err.startswith("error: rationales.teacher.base_url: cannot connect to http://127.0.0.1:9/v1")
+    assert [path.name for path in shop.iterdir()] == ["shop.yaml"]
+
+
+def test_an_interrupt_says_what_it_took_and_how_to_go_on(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def complete(self: GoldTeacher, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        for number, request in enumerate(requests):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield request, Completion("so ann", tokens_in=4, tokens_out=2)
+
+    monkeypatch.setattr(GoldTeacher, "complete", complete)
+    words = ("generate-rationales", "shop.yaml", "rationales.keep=[]")
+    assert _typed(*words, monkeypatch=monkeypatch) == 130
+    said = capsys.readouterr()
+    assert "spent: 3 requests; 12 tokens in, 6 out" in said.out
+    assert said.err.splitlines() == [
+        "error: interrupted; what was finished is kept.",
+        "To go on: distill-llm generate-rationales shop.yaml 'rationales.keep=[]'",
+    ]
+
+
 def test_a_used_up_budget_has_an_exit_code_of_its_own(shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     words = ("-q", "generate-rationales", "shop.yaml")
     assert _typed(*words, "rationales.budget.max_requests=5", monkeypatch=monkeypatch) == 3
@@ -137,6 +197,6 @@ def test_a_used_up_budget_has_an_exit_code_of_its_own(shop: Path, monkeypatch: p
     assert len(journal.read_text().splitlines()) == 5
     assert _typed(*words, "rationales.budget.max_requests=12", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "Next: distill-llm train shop.yaml rationales.budget.max_requests=12" in " ".join(said.split())
+    assert "Next: distill-llm train shop.yaml rationales.budget.max_requests=12\n" in said
     keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 12

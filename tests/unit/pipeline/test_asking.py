@@ -14,7 +14,7 @@ from distill_llm.core.journal import keys_of
 from distill_llm.core.progress import SILENT
 from distill_llm.pipeline.asking import Asking
 from distill_llm.pipeline.rationale_stage import check, make_asker, wanted_splits
-from distill_llm.pipeline.run import generate_rationales
+from distill_llm.pipeline.run import generate_rationales, report_spent
 from distill_llm.pipeline.run_folder import RunFolder, claim
 from distill_llm.rationales.dataset import read_rows
 from distill_llm.recipe.recipe import Recipe
@@ -82,14 +82,18 @@ def test_another_number_of_processes_finds_what_is_there(teach: Any, even: Any, 
     first = teach(_no_to_all)
     for rank in (0, 2):  # the second of three was killed before it began
         with process(rank, of=3), _open(recipe) as asking:
+            asking.begin()
             _complete(asking, recipe)
     second = teach(_no_to_all)
     for rank in (0, 1):
         with process(rank, of=2), _open(recipe) as asking:
+            asking.begin()
             assert asking.count(wanted_splits(recipe, check(recipe))) == (12, 8 + rank * 2)
             _complete(asking, recipe)
     assert (len(first.asked), len(second.asked), set(first.keys) & set(second.keys)) == (8, 4, set())
     assert len(keys_of(RunFolder(recipe.folder).journals())) == 12
+    spent = report_spent(recipe)
+    assert (spent["total"]["requests"], spent["latest"]["requests"]) == (12, 4), "the third is no process of the second"
 
 
 def test_two_commands_cannot_ask_for_one_folder(teach: Any, even: Any, process: Any) -> None:

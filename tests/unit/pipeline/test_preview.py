@@ -49,8 +49,9 @@ def test_it_guesses_without_one(teach: Any, even: Any) -> None:
 def test_it_knows_the_cost_where_prices_are_known(teach: Any, even: Any) -> None:
     teach(max_prompt_tokens=50)
     prices = "rationales.prices={input_per_million: 1000, output_per_million: 5000, currency: EUR}"
-    preview = preview_rationales(even(prices))
+    preview = preview_rationales(even(prices, "rationales.hint_retry={samples: 2}"))
     assert preview.most_cost == pytest.approx((16 * 6 * 1000 + 16 * 20 * 5000) / 1e6)
+    assert preview.most_hint_cost == pytest.approx(12 * 2 * (6 * 1000 + 20 * 5000) / 1e6)
     assert preview.currency == "EUR"
 
 
@@ -77,7 +78,8 @@ def test_hints_are_counted_at_their_most(teach: Any, even: Any, tmp_path: Path) 
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     rows[0]["label"] = None  # nobody could tell it
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert preview_rationales(recipe).most_hinted == 11 * 2
+    preview = preview_rationales(recipe)
+    assert (preview.most_hinted, preview.most_hint_cost) == (11 * 2, None)
     assert preview_rationales(even()).most_hinted == 0
 
 
@@ -85,6 +87,20 @@ def test_a_chat_is_shown_with_who_speaks(teach: Any, even: Any) -> None:
     teach()
     preview = preview_rationales(even("rationales.prompt={style: chat, system: Be brief.}"))
     assert preview.prompt == "[system]\nBe brief.\n[user]\nis 0 even ?"
+
+
+def test_a_server_that_is_not_there_yet_is_no_hindrance_and_is_said(even: Any) -> None:
+    teacher = "rationales.teacher={kind: openai_compatible, model: tiny, base_url: 'http://127.0.0.1:9/v1'}"
+    preview = preview_rationales(even(teacher))
+    assert (preview.prompt, preview.splits[0].requests) == ("Q: is 0 even ?\nA:", 12)
+    assert "rationales.teacher.base_url: cannot connect to http://127.0.0.1:9/v1" in preview.problem
+
+
+def test_nothing_is_shown_where_no_teacher_can_be_opened(even: Any, tmp_path: Path) -> None:
+    gone = [f"{name}: {{teacher: {{kind: transformers, model: {tmp_path / name}}}}}" for name in ("a", "b")]
+    several = f"rationales.teacher={{kind: several, drop_failing: true, of: {{{', '.join(gone)}}}}}"
+    with pytest.raises(ConfigError, match="none of the teachers can be had"):
+        preview_rationales(even(several))
 
 
 def test_a_recipe_without_a_teacher_has_nothing_to_preview(even: Any) -> None:

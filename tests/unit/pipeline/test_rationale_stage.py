@@ -14,6 +14,7 @@ from distill_llm.core.files import read_json
 from distill_llm.core.journal import keys_of
 from distill_llm.pipeline.rationale_stage import check, read_material
 from distill_llm.pipeline.run import generate_rationales
+from distill_llm.pipeline.run import run as run_recipe
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.rationales.dataset import RationaleRow, read_rows
 from distill_llm.tasks.jsonl import Jsonl
@@ -196,6 +197,11 @@ def test_a_budget_stops_cleanly_and_goes_on_when_it_is_raised(teach: Any, even: 
     second = teach()
     generate_rationales(even("rationales.budget.max_requests=16"))
     assert (len(second.asked), set(first.keys) & set(second.keys)) == (9, set())
+    spent = read_json(run.spent)
+    assert [spent[part]["requests"] for part in ("latest", "total")] == [9, 16]
+    assert [spent[part]["tokens_out"] for part in ("latest", "total")] == [9 * 7, 16 * 7]
+    generate_rationales(even("rationales.budget.max_requests=16"))
+    assert read_json(run.spent) == spent, "nothing was asked since"
     assert _outcomes(run) == ["kept"] * 12
 
 
@@ -249,6 +255,17 @@ def test_unlabelled_validation_takes_the_votes(teach: Any, even: Any, label_from
     assert material.splits.train == splits.train, "the votes of train are answers, not labels"
     assert material.answers["train-3"].label == "no"
     assert set(material.test_answers) == {f"test-{n}" for n in range(16, 20)}
+
+
+def test_the_scorecard_says_where_votes_validated(teach: Any, even: Any) -> None:
+    teach()
+    words = ("evaluate.controls=[]", "label_from=gold_else_teacher")
+    card = run_recipe(even(*words, unlabelled=("train", "validation")))
+    assert card.notes[1].startswith(
+        "Validation was by the teacher's votes on 4 of 4 examples, which have no gold label"
+    )
+    card = run_recipe(even(*words, run="labelled"))
+    assert not any("votes" in note for note in card.notes)
 
 
 def test_only_validation_without_a_label_is_asked_about(teach: Any, even: Any) -> None:

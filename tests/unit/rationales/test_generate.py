@@ -284,3 +284,19 @@ def test_the_bar_says_how_many_are_read_and_right(examples: Any, task: Any) -> N
     unlabelled = Tally()
     unlabelled.count(Parsed("r", "9"), examples[2], task)
     assert unlabelled.note() == "100% parsed"
+
+
+def test_the_bar_says_how_far_the_samples_of_an_example_agree(
+    examples: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = examples
+    tally = Tally(samples=3)
+    for example, label in ((three, "9"), (one, "2"), (three, "9"), (one, "7"), (three, None)):
+        tally.count(Parsed("r", label), example, task)
+    assert tally.note() == "80% parsed, 50% right, 67% agreed"  # of one example whose three are there: 9, 9 and none
+    tally.count(Parsed("r", "8"), one, task)  # 2, 7, 8
+    assert tally.note().endswith("50% agreed")
+    monkeypatch.setattr("distill_llm.rationales.generate._WAITING_EXAMPLES", 1)
+    for example in (one, two, three):  # of each another sample was in the journal: they wait for what never comes
+        tally.count(Parsed("r", "1"), example, task)
+    assert list(tally.waiting) == [three.id]

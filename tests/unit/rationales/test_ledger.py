@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from distill_llm.core.example import Example
-from distill_llm.rationales.ledger import Budget, Gate, Ledger, Prices, Spent, ledger_report, read_ledgers, sum_up
+from distill_llm.rationales.ledger import (
+    Budget,
+    Gate,
+    Ledger,
+    Prices,
+    Spent,
+    ledger_report,
+    read_ledgers,
+    spent_since,
+    sum_up,
+)
 from distill_llm.teachers.base import Completion, Failure, Message, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+    from dataclasses import asdict
+from dataclasses import asdict
+from pathlib import Path
 
 PRICES = Prices(input_per_million=2.0, output_per_million=10.0, currency="EUR")
 LONGEST = 40  # max_new_tokens of the simulated teacher
@@ -226,6 +239,19 @@ def test_ledgers_of_processes_add_up_but_not_their_seconds(tmp_path: Path) -> No
     assert (found["train"].completions, found["train"].tokens_out, found["test"].requests) == (20, 140, 1)
 
 
+def test_what_was_spent_since_is_the_difference_and_its_seconds_the_longest(tmp_path: Path) -> None:
+    pairs = []
+    for process, seconds in enumerate((4.0, 6.0)):
+        before, now = tmp_path / f"before.{process}.json", tmp_path / f"{process}.json"
+        then = Spent(3, 1, 1, 2, 10, 14, 100.0)
+        before.write_text(json.dumps({"train": asdict(then)}))
+        new = Spent(process, 0, 0, process, 5, 7, seconds)
+        now.write_text(json.dumps({"train": asdict(then.plus(new)), "test": asdict(new)}))
+        pairs.append((now, before))
+    pairs.append((tmp_path / "never spent.json", tmp_path / "nor before.json"))
+    assert spent_since(pairs) == dict.fromkeys(("train", "test"), Spent(1, 0, 0, 1, 10, 14, 6.0))
+
+
 def test_a_report_has_every_split_the_total_the_rate_and_the_cost() -> None:
     splits = {"train": Spent(requests=4, completions=4, tokens_in=900_000, tokens_out=100_000, seconds=10.0)}
     splits["test"] = Spent(requests=1, failures=1, seconds=10.0)
@@ -236,5 +262,7 @@ def test_a_report_has_every_split_the_total_the_rate_and_the_cost() -> None:
         "seconds": 20.0, "tokens_per_second": 50_000.0, "cost": 2.8, "currency": "EUR",
     }  # fmt: skip
     assert (report["train"]["tokens_per_second"], report["train"]["cost"], report["test"]["cost"]) == (1e5, 2.8, 0.0)
+    latest = ledger_report(splits, PRICES, latest={"train": Spent(requests=2, tokens_in=90_000, seconds=3.0)})["latest"]
+    assert (latest["requests"], latest["tokens_per_second"], latest["cost"]) == (2, 30_000.0, 0.18)
     free = ledger_report(splits, Prices())["total"]
     assert (free["cost"], free["currency"]) == (None, None)
