@@ -31,6 +31,7 @@ from distill_llm.core.component import kinds
 from distill_llm.core.errors import DistillError
 from distill_llm.losses.base import Loss
 from distill_llm.recipe.load import load_recipe
+from distill_llm.recipe.recipe import Recipe
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
@@ -97,27 +98,18 @@ def train(job: Job) -> Outcome:
     return Outcome(job.way, job.seed, accuracy, time.monotonic() - began)
 
 
-def ask_teacher(overrides: Sequence[str]) -> float:
-    """The teacher's accuracy when it is asked for the label alone, as the student is."""
+def ask_teacher(recipe: Recipe) -> float:
+    """The accuracy of the recipe's teacher `big` when it is asked for the label alone, as the student is."""
     from distill_llm.core.progress import SILENT
-    from distill_llm.evaluation.predict import predict
     from distill_llm.models.load import load_model, read_tokenizer
-    from distill_llm.pipeline.trial import max_new_tokens, student_view
+    from distill_llm.pipeline.trial import answers, student_view
 
-    recipe = load_recipe(RECIPE, overrides)
     place = recipe.teachers["big"].model_dump()["model"]
-    answers = predict(
-        load_model(place, where="teachers.big"),
-        student_view(recipe, read_tokenizer(place, where="teachers.big"), True),
-        recipe.task.load(recipe.seed).test,
-        task=recipe.task,
-        target="label",
-        batch_rows=recipe.evaluate.batch_rows,
-        max_new_tokens=max_new_tokens(recipe),
-        progress=SILENT,
-        name="teacher",
-    )
-    return mean(bool(one.correct) for one in answers.items)
+    model = load_model(place, where="teachers.big")
+    view = student_view(recipe, read_tokenizer(place, where="teachers.big"), model.config.is_encoder_decoder)
+    test = recipe.task.load(recipe.seed).test
+    said, _ = answers(recipe, model, view, test, "label", progress=SILENT, name="teacher")
+    return mean(bool(one.correct) for one in said.items)
 
 
 def one_thread() -> None:
@@ -165,20 +157,27 @@ def table(outcomes: Sequence[Outcome], teacher: float) -> str:
     return "\n".join(lines)
 
 
-def read_options(arguments: Sequence[str] | None, about: str | None, *, seeds: int, out: str) -> argparse.Namespace:
-    """What a script takes that trains in many ways with several seeds each; ``about`` is shown by --help."""
+def read_options(
+    arguments: Sequence[str] | None, about: str | None, *, seeds: int, out: str, parts: Sequence[str] = ()
+) -> argparse.Namespace:
+    """What a script takes that trains in many ways with several seeds each; ``about`` is shown by --help.
+
+    ``parts``: those that a script of several tables has, of which --parts takes some.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, for all; before the options")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side, each with one thread")
     parser.add_argument("--only", nargs="+", default=[], help="of the ways in the table")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="tables to make")
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = read_options(arguments, __doc__, seeds=3, out="runs/divergences")
-    teacher = ask_teacher(given.overrides)
+    teacher = ask_teacher(load_recipe(RECIPE, given.overrides))
     if not teacher:
         sys.exit("teachers.big: not one of its answers is right, so that there is nothing to learn from it.")
     began = time.monotonic()

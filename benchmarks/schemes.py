@@ -44,46 +44,48 @@ def soft(teacher: str = "big", **changes: Any) -> dict[str, Any]:
 
 
 def chain(guidance: str, **more: Any) -> list[str]:
-    return [_scheme(kind="assistant_chain", teacher="big", guidance=guidance, assistants=ASSISTANTS, **more)]
+    return [scheme(kind="assistant_chain", teacher="big", guidance=guidance, assistants=ASSISTANTS, **more)]
 
 
-def _scheme(**keys: Any) -> str:
+def scheme(**keys: Any) -> str:
+    """The override that sets the recipe's scheme."""
     return f"scheme={json.dumps(keys)}"
 
 
-def _terms(*terms: dict[str, Any]) -> str:
+def objective(*terms: dict[str, Any]) -> str:
+    """The override that sets the recipe's objective."""
     return f"objective={json.dumps(terms)}"
 
 
 BORN_AGAIN = {"kind": "born_again", "generations": 3, "terms": [soft("previous")]}
 WAYS: dict[str, list[str]] = {
-    "labels alone": [_terms(LABEL)],
-    "step by step (labels and rationales)": [_terms(LABEL, RATIONALE)],
+    "labels alone": [objective(LABEL)],
+    "step by step (labels and rationales)": [objective(LABEL, RATIONALE)],
     DIRECT: [],
-    "soft labels alone": [_terms(soft())],
-    "soft labels until half": [_terms(LABEL, RATIONALE, soft(until=0.5))],
-    "hints beside it": [_terms(LABEL, RATIONALE, soft(), HINT)],
-    "hints first": [_terms(LABEL, RATIONALE, soft(), HINT), _scheme(kind="hint_first", share_of_steps=0.2)],
+    "soft labels alone": [objective(soft())],
+    "soft labels until half": [objective(LABEL, RATIONALE, soft(until=0.5))],
+    "hints beside it": [objective(LABEL, RATIONALE, soft(), HINT)],
+    "hints first": [objective(LABEL, RATIONALE, soft(), HINT), scheme(kind="hint_first", share_of_steps=0.2)],
     "own average (EMA) beside it": [
         'teachers.own={"kind": "ema", "decay": 0.99}',
-        _terms(LABEL, RATIONALE, soft(), soft("own", weight={"start": 0.0, "end": 1.0, "over": 0.5})),
+        objective(LABEL, RATIONALE, soft(), soft("own", weight={"start": 0.0, "end": 1.0, "over": 0.5})),
     ],
     "chain, nearest": chain("nearest"),
     "chain, dense": chain("dense"),
     "chain, dense with dropping": chain("dense", drop=0.25),
     "chain, ensemble": chain("ensemble"),
-    "born again, 3 generations": [_terms(LABEL, RATIONALE), f"scheme={json.dumps(BORN_AGAIN)}"],
-    "mutual, 2 peers": [_scheme(kind="mutual", peers=2), _terms(LABEL, RATIONALE, soft("peers"))],
+    "born again, 3 generations": [objective(LABEL, RATIONALE), f"scheme={json.dumps(BORN_AGAIN)}"],
+    "mutual, 2 peers": [scheme(kind="mutual", peers=2), objective(LABEL, RATIONALE, soft("peers"))],
     "mutual, 2 peers, beside the teacher": [
-        _scheme(kind="mutual", peers=2),
-        _terms(LABEL, RATIONALE, soft(), soft("peers")),
+        scheme(kind="mutual", peers=2),
+        objective(LABEL, RATIONALE, soft(), soft("peers")),
     ],
     "self-distillation, exit 1": [
-        _scheme(kind="self_distill", exits=[1]),
-        _terms(LABEL, RATIONALE, soft(), soft("deepest")),
+        scheme(kind="self_distill", exits=[1]),
+        objective(LABEL, RATIONALE, soft(), soft("deepest")),
     ],
     "on-policy": [
-        _scheme(kind="on_policy", student_fraction={"start": 0.0, "end": 0.5, "over": 0.5}, max_new_tokens=32)
+        scheme(kind="on_policy", student_fraction={"start": 0.0, "end": 0.5, "over": 0.5}, max_new_tokens=32)
     ],
 }
 
@@ -145,20 +147,22 @@ def table(outcomes: Sequence[Outcome]) -> str:
         by_seed = {one.seed: one.scores["student"] for one in own if one.scores}
         gaps = [score - direct[seed] for seed, score in by_seed.items() if seed in direct]
         lines.append(
-            f"| {way} | {_spread(list(by_seed.values()))} | {'' if way == DIRECT else _interval(gaps)} | "
+            f"| {way} | {spread(list(by_seed.values()))} | {'' if way == DIRECT else paired_interval(gaps)} | "
             f"{own[0].steps:g} | {mean(one.seconds for one in own):.0f} |"
         )
         for name in sorted({name for one in own for name in one.scores or {}} - {"student"}):
             scores = [one.scores[name] for one in own if one.scores and name in one.scores]
-            others.append(f"| {way}: {name} | {_spread(scores)} |")
+            others.append(f"| {way}: {name} | {spread(scores)} |")
     return "\n".join([*lines, *(others if len(others) > 3 else [])])
 
 
-def _spread(shares: Sequence[float]) -> str:
+def spread(shares: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds, in percent."""
     return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
 
 
-def _interval(gaps: Sequence[float]) -> str:
+def paired_interval(gaps: Sequence[float]) -> str:
+    """The mean of the seeds' differences, in points, with the 95% interval of Student's t."""
     if len(gaps) < 2:
         return "".join(f"{100 * gap:+.1f}" for gap in gaps)
     from scipy.stats import t

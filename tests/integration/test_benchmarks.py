@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill_llm.core.component import kinds
+from distill_llm.evaluation.scorecard import Facts, build_scorecard
 from distill_llm.losses.base import Loss
 from distill_llm.models.load import build_student, load_tokenizer
 from distill_llm.recipe.load import load_recipe
@@ -189,3 +193,124 @@ def test_the_interval_of_a_scheme_is_that_of_paired_differences() -> None:
     assert rows["chain"] == ["74.7 ± 8.5", "+4.7 [+0.9, +8.5]", "3", "9"]
     assert rows[schemes.DIRECT][1] == ""
     assert rows["refused"][0] == "left out: no peers"
+
+
+ORIGINALS = (
+    "wide, temperature 1",
+    "narrow, temperature 1",
+    "without fair",
+    "low and high only",
+    "direct",
+    "chain, dense",
+)
+
+
+def test_the_papers_experiments_are_told_beside_theirs_and_resume(
+    tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    originals = importlib.import_module("originals")
+    monkeypatch.setattr(originals, "run_all", _in_this_process)  # each process would load torch anew
+    few = [*FEW, "task.products=20", "train.validate_every=2"]
+    how = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]
+    bill = [*few, *how, "--only", *ORIGINALS, "--parts", "temperature", "left_out", "two_classes", "chain"]
+    originals.main(bill)
+    said = capsys.readouterr().out
+    rows = _rows(said, "temperature")
+    assert set(rows) == {"1"}
+    assert all(re.fullmatch(r"[\d.]+", cell) for cell in rows["1"]), "one width beside the other"
+    rows = _rows(said, "student learns from")
+    assert rows["soft labels, without `fair`"][-1].startswith("206")
+    assert len(_rows(said, "recall %")) == 5
+    assert set(_rows(said, "one layer learns from")) == {"teacher, asked for the label alone", "direct", "chain, dense"}
+    assert set(_rows(said, "assistant")) == {"chain, dense: three", "chain, dense: two"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(originals, "run_all", lambda *_: pytest.fail("it was trained already"))
+        originals.main(bill)
+    again = capsys.readouterr().out
+    assert _rows(again, "temperature") == _rows(said, "temperature")
+    assert (tmp_path / "out" / "chain.md").read_text(encoding="utf-8").split("\n\n", maxsplit=1)[0] in said
+
+    gold = ["rationales={teacher: {kind: gold}}", "task.labelled=true", "label_from=gold"]
+    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}", *gold]
+    originals.main([*FEW, *places, *how, "--parts", "eight_times", "--only", "1,000 steps"])
+    rows = _rows(capsys.readouterr().out, "student |")
+    assert re.search(r", [\d.]+ x$", rows["1,000 steps"][4])
+
+
+def _in_this_process(
+    work: Callable[[Any], Any], jobs: Sequence[Any], workers: int, say: Callable[[Any], None]
+) -> list[Any]:
+    done = []
+    for job in jobs:
+        done.append(work(job))
+        say(done[-1])
+    return done
+
+
+def _found(answers: dict[str, dict[str, list[list[bool]]]], asked: float = 0.9) -> Any:
+    """Of each way, for each model, the answers of each seed."""
+    entries: list[dict[str, Any]] = [
+        {"way": f"teacher: {name}", "seed": 0, "card": _card({"student": [True] * 4}), "asked": asked}
+        for name in ("bill", "deep", "shop")
+    ]
+    for way, models in answers.items():
+        for seed in range(len(next(iter(models.values())))):
+            card = _card({name: right[seed] for name, right in models.items()})
+            entries.append({"way": way, "seed": seed, "card": card, "steps": 1.0})
+    return importlib.import_module("originals_tables").Found(entries)
+
+
+def _card(answers: dict[str, list[bool]]) -> dict[str, Any]:
+    size = {"teacher": 1600, "student": 200}
+    facts = {
+        name: Facts(role="teacher" if name == "teacher" else "student", description=name, bytes=size.get(name))
+        for name in answers
+    }
+    labels = (["fair", "low"] * len(answers["student"]))[: len(answers["student"])]
+    return build_scorecard(
+        {name: (facts[name], right) for name, right in answers.items()},
+        student="student",
+        task="bill",
+        metric="text_accuracy",
+        hardware="none",
+        created=datetime.date(2026, 1, 1),
+        versions={},
+        seed=0,
+        notes=["student: label_bias in nats: fair +2.00 (fitted on 4 validation examples)."],
+        labels=labels,
+        left_out=["fair"],
+    ).model_dump(mode="json")
+
+
+def test_the_papers_tables_pair_seeds() -> None:
+    tables = importlib.import_module("originals_tables")
+    right = {"1": 2, "2.5": 4, "4": 2, "8": 3, "20": 1}
+    found = _found({f"wide, temperature {t}": {"student": [_right(n, 4)] * 2} for t, n in right.items()})
+    rows = _rows(tables.temperature(found), "temperature")
+    assert rows["2.5"] == ["100.0 ± 0.0"]
+    assert rows["2.5 and 4, minus 1"][0].startswith("+25.0")
+    assert rows["2.5 and 4, minus 8 and 20"][0].startswith("+25.0")
+
+    own = {"student": [_right(3, 4)], "student without bias": [_right(2, 4)], "labels same steps": [_right(1, 4)]}
+    said = tables.left_out(_found({"without fair": own}))
+    rows = _rows(said, "student learns from")
+    assert rows["soft labels, without `fair`"][:2] == ["50.0", "50.0"]
+    assert rows["soft labels, without `fair`, bias fitted"][:2] == ["25.0", "100.0"]
+    assert "Accuracy, points, paired: the bias +25.0; soft minus hard labels, both with their bias +50.0." in said
+    assert "Offsets: fair +2.00; theirs +3.5." in said
+
+
+def test_a_student_is_near_its_teacher_from_three_tenths_of_a_point_on() -> None:
+    tables = importlib.import_module("originals_tables")
+    ways = {
+        f"{wrong} wrong, 500 steps": {"teacher": [[True] * 1000], "student": [_right(1000 - wrong, 1000)]}
+        for wrong in (3, 4)
+    }
+    rows = _rows(tables.eight_times(_found(ways)), "student |")
+    assert [row[-1] for row in rows.values()] == ["yes", "no"]
+    assert rows["3 wrong, 500 steps"][4] == "200 B, 8.0 x"
+
+
+def _right(number: int, of: int) -> list[bool]:
+    return [place < number for place in range(of)]
