@@ -73,7 +73,9 @@ def _batch(model: Any, rows: slice = slice(None), padding: int = 0) -> Batch:
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.nn.functional.pad(labels[:, :-1].clamp_min(0), (1, 0))
     fill = {"labels": -100}
-    batch = {key: torch.nn.functional.pad(one[rows], (0, padding), value=fill.get(key, 0)) for key, one in batch.items()}
+    batch = {
+        key: torch.nn.functional.pad(one[rows], (0, padding), value=fill.get(key, 0)) for key, one in batch.items()
+    }
     return batch | {"targets": torch.zeros(len(batch["labels"]), dtype=torch.long)}
 
 
@@ -278,15 +280,14 @@ def test_spread_first_and_last_take_the_places_that_they_name() -> None:
         model.encoder.block[4].layer[1].DenseReluDense.wo.weight[:, 29:],
     )
     positions = "layer.0.SelfAttention.relative_attention_bias.weight"
-    assert torch.equal(
-        small.encoder.block[0].get_parameter(positions), model.encoder.block[0].get_parameter(positions)
-    )
+    assert torch.equal(small.encoder.block[0].get_parameter(positions), model.encoder.block[0].get_parameter(positions))
 
 
 def test_layers_that_are_named_are_the_ones_that_stay() -> None:
     small = _cut(model := _model("t5"), layers={"encoder": [0, 2], "decoder": [1]})
     assert torch.equal(
-        small.decoder.block[0].layer[2].DenseReluDense.wi.weight, model.decoder.block[1].layer[2].DenseReluDense.wi.weight
+        small.decoder.block[0].layer[2].DenseReluDense.wi.weight,
+        model.decoder.block[1].layer[2].DenseReluDense.wi.weight,
     )
     assert (small.config.num_layers, small.config.num_decoder_layers) == (2, 1)
 
@@ -340,7 +341,9 @@ def test_importance_is_what_a_slow_count_gives(name: str) -> None:
     space = "decoder.1.cross" if pair else "decoder.1.heads"
     shares = torch.tensor(found.units[space])
     torch.testing.assert_close(shares, heads / heads.sum(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(found.units["decoder.1.neurons"]), neurons / neurons.sum(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(found.units["decoder.1.neurons"]), neurons / neurons.sum(), atol=1e-5, rtol=1e-5
+    )
     states = outputs.decoder_hidden_states if pair else outputs.hidden_states
     squares = sum(states[1][row, place].square() for row, place in tokens) / len(tokens)
     torch.testing.assert_close(torch.tensor(found.squares[f"{norm}.weight"]), squares.float(), atol=1e-5, rtol=1e-5)
