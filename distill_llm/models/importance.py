@@ -1,6 +1,6 @@
 """How much each layer, head, neuron and hidden state of a model does, measured on rows of text.
 
-B rows, T positions, N tokens, D hidden size, U units, W numbers of a unit.
+B rows, N tokens, D hidden size, U units, W numbers of a unit.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def measure(model: Any, batches: Sequence[Batch], *, by_loss: bool, where: str) 
     """In one pass without dropout and without a gradient; one more for each layer ``by_loss``.
 
     Hidden states: the root mean square of what the norms give out, summed over them (Muralidharan et al. 2024,
-    arXiv:2407.14679, sec. 2.2, who take means of absolute values). Heads and neurons: the mean square of what one adds
-    to the hidden states; they take what it says before the last matrix of its layer, whose size would not count then.
-    Where layers share heads, each layer's shares of its own sum are added up. Layers: 1 - cosine of what goes in and
-    what comes out (Men et al. 2024, arXiv:2403.03853, sec. 3.1), or by how much the loss grows without the layer.
+    arXiv:2407.14679, sec. 2.2, who compare several means). Heads and neurons: the mean square of what one adds to the
+    hidden states; they take what it says before the matrix that writes it there, whose size would not count then. It
+    comes as a share of its layer's sum, and where layers share heads, the shares of all are added up. Layers: 1 - cosine
+    of what goes in and what comes out (Men et al. 2024, arXiv:2403.03853), or by how much the loss grows without one.
     """
     weights = weights_in(model, where)
     meters = {weight.name: _Outputs(weight) for weight in weights if weight.writes}
@@ -68,7 +68,7 @@ def _blocks(model: Any, where: str) -> dict[str, tuple[Stack, int]]:
     return {family.block(stack, n): (stack, n) for stack, number in layers.items() for n in range(number)}
 
 
-def _masks(batch: Batch) -> dict[Stack, Bool[Tensor, "B T"]]:
+def _masks(batch: Batch) -> dict[Stack, Bool[Tensor, "B _"]]:
     """The tokens of each stack: all but padding; in a decoder beside an encoder, up to the last that is supervised."""
     read = batch["attention_mask"].bool()
     if "decoder_input_ids" not in batch:

@@ -157,8 +157,7 @@ def test_units_that_say_nothing_are_the_ones_that_go_and_leave_the_logits_as_the
 
 
 @every_family
-@pytest.mark.parametrize("importance", ["block_influence", "loss"])
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("importance", "layer"), [("block_influence", 0), ("loss", 1)])
 def test_a_layer_that_does_nothing_goes_first_and_is_not_missed(name: str, importance: str, layer: int) -> None:
     """The first one too, which in a T5 makes the relative positions of all layers behind it."""
     model = _model(name)
@@ -198,7 +197,7 @@ def test_a_cut_model_is_an_ordinary_one_when_it_is_saved_and_loaded(name: str, t
     assert len(written) == 6
 
 
-@every_family
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma", "t5-1.1"])
 @pytest.mark.parametrize(
     ("along", "ratio"),
     [(("heads", "neurons"), 0.7), (("layers",), 0.75), (("layers", "heads", "neurons"), 0.6), (("neurons",), 0.85)],

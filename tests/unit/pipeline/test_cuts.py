@@ -208,3 +208,16 @@ def test_spread_needs_no_rows(recipe: Any, trained: Any) -> None:
     own = [one for one in mine if one.startswith(f"{name}.") and "relative_attention_bias" not in one]
     assert own
     assert all(torch.equal(mine[one], whole[one.replace(name, source)]) for one in own)
+
+
+def test_exits_are_those_of_the_cut_student(recipe: Any, trained: Any) -> None:
+    """Counted by the depth that is left, in checks and in what is trained."""
+    from distill_llm.schemes.self_distill import SelfDistill
+
+    exits = ("scheme={kind: self_distill, exits: [1]}", "student.cut={neurons: 16, layers: LAYERS}")
+    shallow = recipe(*(word.replace("LAYERS", "1") for word in exits), *ALONE)
+    with pytest.raises(ConfigError, match="1 is not before the last of the 1 layers"):
+        SelfDistill().check(shallow)
+    run = trained(recipe(*(word.replace("LAYERS", "2") for word in exits), *ALONE, STILL))
+    config = read_config(str(run.model("exit_1")), where="x")
+    assert (config.num_decoder_layers, config.d_ff) == (1, 16)
