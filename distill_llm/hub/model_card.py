@@ -52,10 +52,10 @@ class ScoreFacts:
 class ModelCardFacts:
     """All that the card says. A text is empty, a number None, where nobody knows.
 
-    ``base_model`` is on the Hub, or "". ``begun``: whose weights it began with, be they on the Hub or not; "" for random
-    ones. ``adapter``: what is sent needs that base. ``example`` is a prompt as the model was trained on it, ``answer``
-    what it writes for it; ``decoder_start``: ids that its decoder reads before it writes, where that is more than a
-    start token.
+    ``base_model`` is on the Hub, or "". ``begun``: whose weights it began with, be they on the Hub or not; "" for
+    random ones. ``adapter``: what is sent needs that base. ``example`` is a prompt as the model was trained on it,
+    ``answer`` what it writes for it; ``decoder_start``: ids that its decoder reads before it writes, where that is more
+    than a start token.
     """
 
     repo_id: str

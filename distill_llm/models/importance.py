@@ -38,8 +38,9 @@ def measure(model: Any, batches: Sequence[Batch], *, by_loss: bool, where: str) 
     Hidden states: the root mean square of what the norms give out, summed over them (Muralidharan et al. 2024,
     arXiv:2407.14679, sec. 2.2, who compare several means). Heads and neurons: the mean square of what one adds to the
     hidden states; they take what it says before the matrix that writes it there, whose size would not count then. It
-    comes as a share of its layer's sum, and where layers share heads, the shares of all are added up. Layers: 1 - cosine
-    of what goes in and what comes out (Men et al. 2024, arXiv:2403.03853), or by how much the loss grows without one.
+    comes as a share of its layer's sum, and where layers share heads, the shares of all are added up. Layers: 1 -
+    cosine of what goes in and what comes out (Men et al. 2024, arXiv:2403.03853), or by how much the loss grows
+    without one.
     """
     weights = weights_in(model, where)
     meters = {weight.name: _Outputs(weight) for weight in weights if weight.writes}
