@@ -134,7 +134,6 @@ def test_a_cut_that_was_measured_is_read_and_not_measured_again(recipe: Any, tra
     assert config.hidden_size == len(said["kept"]["units"]["hidden"])
 
 
-@of_both
 def test_pruning_measures_what_the_stage_before_left_and_comes_to_the_size_of_one_cut(
     recipe: Any, trained: Any
 ) -> None:
