@@ -53,13 +53,11 @@ def first_layers(sizes: Sizes) -> dict[Stack, list[int]]:
     return {stack: list(range(number)) for stack, number in sizes.layers.items()}
 
 
-def count_weights(weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]], sizes: Sizes) -> int:
-    """Parameters of a model with these weights, cut to ``sizes``."""
-    return _Count(weights, shapes)(sizes)
-
-
 class _Count:
-    """Weights that are alike are counted together: a target is looked for among many sizes."""
+    """Parameters of a model with these weights, cut to some sizes.
+
+    Weights that are alike are counted together: a target is looked for among many sizes.
+    """
 
     def __init__(self, weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]]):
         self._alike: Counter[Any] = Counter()
