@@ -52,9 +52,10 @@ class ScoreFacts:
 class ModelCardFacts:
     """All that the card says. A text is empty, a number None, where nobody knows.
 
-    ``base_model`` is on the Hub; "" for a fresh model. ``adapter``: what is sent needs that base. ``example`` is a
-    prompt as the model was trained on it, ``answer`` what it writes for it; ``decoder_start``: ids that its decoder
-    reads before it writes, where that is more than a start token.
+    ``base_model`` is on the Hub, or "". ``begun``: whose weights it began with, be they on the Hub or not; "" for
+    random ones. ``adapter``: what is sent needs that base. ``example`` is a prompt as the model was trained on it,
+    ``answer`` what it writes for it; ``decoder_start``: ids that its decoder reads before it writes, where that is more
+    than a start token.
     """
 
     repo_id: str
@@ -63,6 +64,7 @@ class ModelCardFacts:
     task_licence: str
     licence: str
     base_model: str
+    begun: str
     adapter: bool
     is_encoder_decoder: bool
     parameters: int
@@ -162,7 +164,7 @@ def _head(facts: ModelCardFacts) -> str:
 
 def _introduction(facts: ModelCardFacts) -> str:
     what = f"{_parameters(facts.parameters)} parameters"
-    base = f", from {code(facts.base_model)}" if facts.base_model else ", trained from random weights"
+    base = f", from {facts.begun}" if facts.begun else ", trained from random weights"
     by = " and ".join(dict.fromkeys(code(teacher.name) for teacher in facts.teachers)) or "the data's own rationales"
     data = f" (data: {code(facts.task_data)})" if facts.task_data else ""
     return (

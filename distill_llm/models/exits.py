@@ -33,10 +33,10 @@ def config_of(spec: StudentSpec) -> Any:
     """The config of a student that was checked, before its vocabulary is known; loads no weights."""
     from transformers import CONFIG_MAPPING
 
-    from distill_llm.models.load import read_config
+    from distill_llm.models.load import student_config
 
     if not spec.config:
-        return read_config(spec.model, spec.revision, where="student.model")
+        return student_config(spec)
     sizes: dict[str, Any] = {key: value for key, value in spec.config.items() if key != "model_type"}
     return CONFIG_MAPPING[str(spec.config["model_type"])](**sizes)
 

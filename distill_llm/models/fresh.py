@@ -27,9 +27,13 @@ def fresh_model(spec: StudentSpec, tokenizer: Any, where: str) -> Any:
     config = spec.config
     if spec.picture is not None:
         config = fresh_sections(config, spec.picture, tokenizer, where)
-    hf_config = _fresh_config(config, tokenizer, where)
-    model = settled(auto_class(hf_config).from_config(hf_config), where)
-    if hf_config.model_type == "t5":
+    return settled(drawn(_fresh_config(config, tokenizer, where)), where)
+
+
+def drawn(config: Any) -> Any:
+    """A model of a Hugging Face config, with random weights."""
+    model = auto_class(config).from_config(config)
+    if config.model_type == "t5":
         _spread_relative_bias(model)
     return model
 

@@ -11,7 +11,8 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
 from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
-from distill_llm.models.fresh import auto_class, config_class, fresh_model
+from distill_llm.models.cut_sizes import cut_config, first_layers, sizes_after
+from distill_llm.models.fresh import auto_class, config_class, drawn, fresh_model
 from distill_llm.models.hub import from_hub
 from distill_llm.models.vision import (
     MODEL_TYPE,
@@ -28,6 +29,7 @@ from distill_llm.models.vision import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from distill_llm.models.cut import Kept
     from distill_llm.models.picture import Painter
     from distill_llm.models.spec import Bits, StudentSpec
 
@@ -51,15 +53,27 @@ class LoadedModel:
         return sum(size_of(weight).numel() for weight in self.model.parameters())
 
 
-def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> LoadedModel:
-    """The student before training, for a tokenizer that ``load_tokenizer`` gave."""
+def build_student(
+    spec: StudentSpec, tokenizer: Any, *, where: str = "student", kept: Kept | None = None
+) -> LoadedModel:
+    """The student before training, for a tokenizer that ``load_tokenizer`` gave.
+
+    ``kept``: what its cut keeps, where that was measured; a cut that has to be measured needs it.
+    """
     if spec.config:
         model = fresh_model(spec, tokenizer, f"{where}.config")
         _set_attention(model, spec, where)
         painter = fresh_painter(spec.picture, model.config, where=where) if spec.picture else None
         return LoadedModel(model, tokenizer, painter)
-    if spec.load_in == "full":
+    if spec.fresh:
+        model = drawn(student_config(spec, where=where))
+    elif spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")
+        if spec.cut is not None:
+            from distill_llm.models.cut import choose, cut_model
+
+            kept = kept or choose(model, spec.cut, None, where=f"{where}.cut")
+            model = cut_model(model, kept, where=f"{where}.cut")
     else:
         model = _quantized_student(spec, where)
     if len(tokenizer) > head_words(model.config):
@@ -142,30 +156,39 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
             "side. Remove `prefix_side`."
         )
+        student_config(spec, where=where)
     check_bits(spec.model, spec.load_in, where=where)
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)
     return is_encoder_decoder
 
 
-def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> int:
-    """Parameters of a student, adapters aside, without its weights."""
-    if not spec.config:
-        return count_parameters(spec.model, spec.revision, where=f"{where}.model")
-    import torch
+def student_config(spec: StudentSpec, *, where: str = "student", begun: Any = None) -> Any:
+    """The config of a student that is made of a `model`, with its cut; loads no weights.
 
-    with torch.device("meta"):
-        return LoadedModel(fresh_model(spec, tokenizer, f"{where}.config"), tokenizer).num_parameters
+    ``begun`` is the config of that model, where it does not lie anywhere yet.
+    """
+    config = read_config(spec.model, spec.revision, where=f"{where}.model") if begun is None else begun
+    if spec.cut is None:
+        return config
+    sizes = sizes_after(config, spec.cut, f"{where}.cut")
+    return cut_config(config, sizes, first_layers(sizes), f"{where}.cut")
 
 
-def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") -> Any:
-    """A student with its adapters, whose weights have shapes and no numbers."""
+def parameters_of(spec: StudentSpec, tokenizer: Any, *, where: str = "student", begun: Any = None) -> int:
+    """Parameters of a student, adapters aside, without its weights; ``begun`` is that of ``student_config``."""
+    bare = spec.model_copy(update={"lora": None})
+    return LoadedModel(weightless_student(bare, tokenizer, where=where, begun=begun), tokenizer).num_parameters
+
+
+def weightless_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student", begun: Any = None) -> Any:
+    """A student with its adapters, whose weights have shapes and no numbers; ``begun``: that of ``student_config``."""
     import torch
 
     with torch.device("meta"):
         if spec.config:
             return fresh_model(spec, tokenizer, f"{where}.config")
-        config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        config = student_config(spec, where=where, begun=begun)
         model = auto_class(config).from_config(config)
         if spec.lora is not None:
             from distill_llm.models.lora import add_lora

@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from distill_llm.core.component import Component
 from distill_llm.core.example import Target
+from distill_llm.models.cut_spec import Cut
 
 
 class LoraSpec(Component):
@@ -88,6 +89,10 @@ class StudentSpec(Component):
     model: str = Field(default="", description="Hub id or folder")
     config: HubConfig = Field(default_factory=dict, description="a fresh model: model_type and its sizes")
     revision: str = Field(default="main", description="branch, tag or commit on the Hub")
+    cut: Cut | None = Field(default=None, description="a smaller model out of `model`; absent: all of it")
+    fresh: bool = Field(
+        default=False, description="draw the weights anew: `model`, with its `cut`, gives the sizes alone"
+    )
     tokenizer: str | FreshTokenizer = Field(
         default="", description="Hub id, folder, or one to be trained; empty: the model's own"
     )
@@ -133,8 +138,38 @@ class StudentSpec(Component):
             )
         if self.prefix_side == "decoder" and self.chat:
             raise ValueError("`prefix_side: decoder` is for encoder-decoder students, `chat` for decoder-only ones")
+        self._cut_fits()
         self._pictures_fit()
         return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether its cut has to be measured on data before it can be made."""
+        return self.cut is not None and self.cut.measures and not self.fresh
+
+    def in_size(self) -> StudentSpec:
+        """A student of the same sizes that needs no measurement: for what does not look at the weights."""
+        if self.cut is None or not self.measures:
+            return self
+        return self.model_copy(update={"cut": self.cut.model_copy(update={"by": "first"})})
+
+    def whole(self, **changes: object) -> StudentSpec:
+        """The student with other weights to start from, which are taken as they are."""
+        return self.model_copy(update={"cut": None, "fresh": False, **changes})
+
+    def _cut_fits(self) -> None:
+        for key in ("cut", "fresh"):
+            if not getattr(self, key):
+                continue
+            if self.config:
+                raise ValueError(f"`{key}` is for a `model`: a fresh one (`config`) has the sizes that it is given")
+            if self.lora is not None:
+                raise ValueError(
+                    f"`{key}` with `lora`: the adapters would be saved without the base that they belong to, which "
+                    "lies nowhere. Train all weights, or cut in one recipe and put adapters on its model in the next"
+                )
+            if self.picture is not None:
+                raise ValueError(f"`{key}` is for students that read text: remove it, or `picture`")
 
     def _pictures_fit(self) -> None:
         sees = self.config.get("model_type") == "vision-encoder-decoder"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Literal
 
@@ -15,7 +15,7 @@ from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term, targets_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import STUDENT, Stage, describe
+from distill_llm.schemes.stages import FROM_SCRATCH, STUDENT, Stage, describe
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.base import TensorTeacherSpec
 
@@ -89,7 +89,8 @@ def needed_targets(recipe: Recipe) -> tuple[Target, ...]:
 
 
 def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
-    """The student first, then the stages before it, ablations (objectives with fewer terms), controls (labels only).
+    """The student first, then the stages before it, ablations (objectives with fewer terms, or fresh weights), and
+    controls (labels only).
 
     The control with the same compute gets as many steps as the student's cost pays for, with all stages that it
     needs, where a row costs 6 * student parameters * its tokens, plus, for each teacher that is run on it, 2 * teacher
@@ -104,6 +105,11 @@ def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
     for name, kept in recipe.evaluate.ablations.items():
         terms = tuple(term for term in recipe.objective if term.name in kept)
         arms.append(_arm_of_student(recipe, name, "student", describe(terms), terms, recipe.scheme.alone(), steps))
+    if recipe.evaluate.from_scratch:
+        fresh = recipe.student.model_copy(update={"fresh": True, "lora": None, "load_in": "full"})
+        said, scheme = f"{describe(recipe.objective)}, from fresh weights", recipe.scheme.alone()
+        arm = _arm_of_student(recipe, FROM_SCRATCH, "student", said, recipe.objective, scheme, steps)
+        arms.append(replace(arm, student=fresh))
     label = (_label_term(),)
     for name in recipe.evaluate.controls:
         factor = 1.0

@@ -133,7 +133,7 @@ def write_caches(recipe: Recipe, rows: Sequence[Row], run: RunFolder, progress: 
         waiting = [row for key, row in plan.rows.items() if key not in before]
         if waiting or _lacks_head(plan):
             student = student or build_student(
-                recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer")
+                recipe.student.in_size(), read_tokenizer(str(run.tokenizer), where="student.tokenizer")
             )
             student.model.to(default_device())
             opened: dict[str, TensorTeacher] = {}

@@ -12,9 +12,12 @@ from distill_llm.core.errors import DistillError
 from distill_llm.core.example import Example, Splits, TeacherAnswer
 from distill_llm.data.rows import RowSet, build_rows
 from distill_llm.data.view import StudentView
-from distill_llm.models.load import build_student, load_tokenizer
+from distill_llm.evaluation.text_tables import short_count
+from distill_llm.models.anatomy import family_of
+from distill_llm.models.load import LoadedModel, build_student, count_parameters, load_tokenizer
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.capture_stage import captured_teachers, plan_captures, write_capture
+from distill_llm.pipeline.cuts import calibration_rows, measure_cut
 from distill_llm.pipeline.diagnosis import Diagnosis, Level
 from distill_llm.pipeline.first_step import examine_step
 from distill_llm.pipeline.needs import needs_of_stages, summary_of
@@ -51,7 +54,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         _licences(recipe, diagnosis)
         material = transferred(recipe, _material(recipe, splits, diagnosis))
         tokenizer = load_tokenizer(recipe.student, training_text(recipe, material))
-        student = build_student(recipe.student, tokenizer)
+        student = build_student(recipe.student.in_size(), tokenizer)
         student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
         check_chat(recipe, tokenizer)
         _stages(recipe, tokenizer, diagnosis)
@@ -60,6 +63,7 @@ def examine(recipe: Recipe) -> Diagnosis:
         viewers = make_viewers(recipe, student, view)
         rows = _rows(recipe, material, view, viewers)
         check_room(recipe, rows.rows, student)
+        student = _cut(recipe, student, rows, diagnosis)
         _views(recipe, rows, viewers, diagnosis)
         if student.painter is not None:
             for level, said in findings_of_pictures(student.painter, rows.rows):
@@ -94,6 +98,25 @@ def _stages(recipe: Recipe, tokenizer: Any, diagnosis: Diagnosis) -> None:
         diagnosis.note("ok", f"stage {one.name}", str(one))
     said, fits = summary_of(needs, recipe.folder)
     diagnosis.note("ok" if fits else "warning", "all stages", said)
+
+
+def _cut(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosis) -> LoadedModel:
+    """Says what becomes of the student's model; gives the student as its cut will be measured, if it has to be."""
+    spec = recipe.student
+    if spec.cut is None:
+        return student
+    whole = count_parameters(spec.model, spec.revision, where="student.model")
+    kept = None
+    if spec.measures:
+        kept, _ = measure_cut(spec, student.tokenizer, calibration_rows(recipe, rows.rows, spec.cut.calibration_rows))
+        student = build_student(spec, student.tokenizer, kept=kept)
+        student = recipe.scheme.assemble(student, spec, recipe.training_seed)
+    left = student.num_parameters
+    sizes = family_of(student.model.config, "student.cut").sizes_of(student.model.config)
+    layers = "" if kept is None else f"; layers {', '.join(f'{s} {list(one)}' for s, one in kept.layers.items())}"
+    said = f"{short_count(left)} of {short_count(whole)} parameters ({left / whole:.0%}) stay: {sizes}{layers}"
+    diagnosis.note("ok", "cut", said)
+    return student
 
 
 def _licences(recipe: Recipe, diagnosis: Diagnosis) -> None:

@@ -60,7 +60,11 @@ def needs_of_stages(recipe: Recipe, tokenizer: Any) -> list[Needs]:
         begun = {str(run.model(name)): name for name in models}
         same = models.get(begun.get(stage.student.model, ""))
         where = f"scheme: stage '{stage.name}'"
-        models[stage.name] = same if same is not None else weightless_student(stage.student, tokenizer, where=where)
+        if same is None or stage.student.cut is not None:
+            config = None if same is None else same.config
+            models[stage.name] = weightless_student(stage.student, tokenizer, where=where, begun=config)
+        else:
+            models[stage.name] = same
         sizes = {one.name: one.parameters for one in found}
         found.append(_needs(recipe, stage, models[stage.name], sizes))
     return found

@@ -14,7 +14,7 @@ from distill_llm.core.files import read_json, storage, write_text
 from distill_llm.core.quiet import quiet_libraries
 from distill_llm.core.schedule import Schedule
 from distill_llm.evaluation.scorecard import FILE_NAME, comparisons_markdown, load_scorecard, models_markdown
-from distill_llm.hub.markdown import percent, table
+from distill_llm.hub.markdown import code, percent, table
 from distill_llm.hub.model_card import ModelCardFacts, ScoreFacts, TeacherFacts, TermFacts, licence_warnings, model_card
 from distill_llm.models.load import count_parameters, is_adapter, load_model, read_config, read_tokenizer, revision_of
 from distill_llm.models.lora import base_of, has_bits
@@ -23,7 +23,7 @@ from distill_llm.pipeline.rationale_stage import load_examples
 from distill_llm.pipeline.run_folder import RunFolder, open_run
 from distill_llm.pipeline.trial import max_new_tokens, student_view
 from distill_llm.recipe.recipe import Recipe
-from distill_llm.schemes.stages import STUDENT
+from distill_llm.schemes.stages import FROM_SCRATCH, STUDENT
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Entry, Scorecard
@@ -120,7 +120,8 @@ def _facts(
         task_data=data,
         task_licence=type(recipe.task).licence,
         licence=licence,
-        base_model=_base_model(recipe, folder),
+        base_model=_base_model(recipe, folder, arm),
+        begun=_begun(recipe, arm),
         adapter=is_adapter(str(folder)),
         is_encoder_decoder=bool(config.is_encoder_decoder),
         parameters=count_parameters(str(folder), where=f"arm {arm}"),
@@ -137,9 +138,17 @@ def _facts(
     )
 
 
-def _base_model(recipe: Recipe, folder: Path) -> str:
+def _base_model(recipe: Recipe, folder: Path, arm: str) -> str:
     source = base_of(str(folder))[0] if is_adapter(str(folder)) else recipe.student.model
-    return "" if not source or Path(source).expanduser().is_dir() else source
+    return "" if not _begun(recipe, arm) or Path(source).expanduser().is_dir() else source
+
+
+def _begun(recipe: Recipe, arm: str) -> str:
+    """Whose weights it began with; "" for random ones."""
+    student = recipe.student
+    if not student.model or student.fresh or arm == FROM_SCRATCH:
+        return ""
+    return f"{'a part of ' if student.cut is not None else ''}{code(_shown(student.model))}"
 
 
 def _teachers(recipe: Recipe) -> Iterator[TeacherFacts]:

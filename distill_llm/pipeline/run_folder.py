@@ -108,6 +108,10 @@ class RunFolder:
         """Where the signals of a cached teacher lie, unless it names another folder."""
         return self.root / "signals" / teacher
 
+    def cut(self, key: str) -> Path:
+        """What a cut of a student keeps, under a key of all that decides it."""
+        return self.root / "cuts" / f"{key}.json"
+
     @property
     def models(self) -> Path:
         return self.root / "models"

@@ -16,9 +16,17 @@ from distill_llm.core.processes import main_first
 from distill_llm.core.progress import Progress
 from distill_llm.data.rows import RowSet, build_rows, target_texts
 from distill_llm.data.view import StudentView
-from distill_llm.models.load import LoadedModel, build_student, load_tokenizer, parameters_of, read_tokenizer
+from distill_llm.models.load import (
+    LoadedModel,
+    build_student,
+    load_tokenizer,
+    parameters_of,
+    read_tokenizer,
+    student_config,
+)
 from distill_llm.models.vision import decoder_positions
 from distill_llm.pipeline.arms import Arm, Sizes, choose, needed_targets, plan_arms
+from distill_llm.pipeline.cuts import settle_cut
 from distill_llm.pipeline.plan_facts import write_plan
 from distill_llm.pipeline.rationale_stage import Material
 from distill_llm.pipeline.run_folder import RunFolder
@@ -40,7 +48,7 @@ class Plan:
 def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
     """Builds the tokenizer (saved in the run folder), the rows, and the arms; loads the student once for its size."""
     main_first(lambda: _save_tokenizer(recipe, material, run))
-    student = build_student(recipe.student, read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
+    student = build_student(recipe.student.in_size(), read_tokenizer(str(run.tokenizer), where="student.tokenizer"))
     check_chat(recipe, student.tokenizer)
     view = student_view(recipe, student.tokenizer, student.is_encoder_decoder, student.painter)
     check_positions(recipe, student.model.config, view)
@@ -61,15 +69,19 @@ def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
     """``student`` is the recipe's own. Loads no further weights."""
     size = student.num_parameters
     stages: dict[str, int] = {}
+    configs: dict[str, Any] = {}
     for stage in recipe.stages:
-        begun = {str(run.model(name)): parameters for name, parameters in stages.items()}
+        source = {str(run.model(name)): name for name in stages}.get(stage.student.model, "")
+        cut, where = stage.student.cut, f"scheme: stage '{stage.name}'"
         if stage.name == STUDENT:
             stages[STUDENT] = size
-        elif stage.student.model in begun:
-            stages[stage.name] = begun[stage.student.model]
+        elif source and cut is None:
+            stages[stage.name] = stages[source]
         else:
-            where = f"scheme: stage '{stage.name}'"
-            stages[stage.name] = parameters_of(stage.student, student.tokenizer, where=where)
+            begun = configs.get(source)
+            stages[stage.name] = parameters_of(stage.student, student.tokenizer, where=where, begun=begun)
+        if cut is not None:
+            configs[stage.name] = student_config(stage.student, where=where, begun=configs.get(source))
     teachers = {name: spec for name, spec in recipe.teachers.items() if is_asked(recipe, name)}
     for stage in recipe.stages:
         own = {name for name in stage.teachers if name not in recipe.teachers and name not in stages}
@@ -79,6 +91,7 @@ def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
 
 
 def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, arm: Arm, rate: float) -> Trial:
+    """The arms that ``arm`` needs are trained; a cut that has to be measured is, if no trial was made with it yet."""
     return Trial(
         arm=arm,
         learning_rate=rate,
@@ -87,6 +100,7 @@ def make_trial(recipe: Recipe, material: Material, plan: Plan, run: RunFolder, a
         validation=material.splits.validation,
         tokenizer=run.tokenizer,
         folder=run.arm(arm.name) / f"rate-{rate:g}",
+        cut=settle_cut(arm.student, recipe, plan.rows.rows, run),
     )
 
 

@@ -13,6 +13,7 @@ from distill_llm.data.view import StudentView
 from distill_llm.models.load import LoadedModel, build_student, read_tokenizer
 from distill_llm.objective import Objective, Term
 from distill_llm.pipeline.arms import Arm
+from distill_llm.pipeline.cuts import read_kept
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.on_policy import OnPolicy
@@ -44,6 +45,8 @@ class Trial:
     validation: Sequence[Example]
     tokenizer: Path
     folder: Path
+    cut: Path | None = None
+    """The file that says what the student's cut keeps, where that was measured."""
 
     @property
     def name(self) -> str:
@@ -79,7 +82,8 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
 
     recipe = trial.recipe
     set_seed(recipe.training_seed)
-    student = build_student(recipe.student, read_tokenizer(str(trial.tokenizer), where="student.tokenizer"))
+    tokenizer = read_tokenizer(str(trial.tokenizer), where="student.tokenizer")
+    student = build_student(recipe.student, tokenizer, kept=read_kept(trial.cut))
     student.model.to(default_device())
     spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
     if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):

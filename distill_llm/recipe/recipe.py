@@ -16,7 +16,7 @@ from distill_llm.rationales.spec import RationaleSpec
 from distill_llm.recipe.train import EvaluateSpec, TrainSpec
 from distill_llm.recipe.transfer import TransferSpec
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import Sections, Stage, check_stages, check_terms
+from distill_llm.schemes.stages import TAKEN, Sections, Stage, check_stages, check_terms
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.tasks.base import Task
 from distill_llm.teachers.base import TensorTeacherSpec
@@ -121,6 +121,8 @@ class Recipe(Component):
         self._pictures_are_read()
         self._scheme_fits()
         self._ablations_exist()
+        if self.evaluate.from_scratch and (self.student.config or self.student.fresh):
+            raise ValueError("evaluate.from_scratch: the student itself starts from fresh weights. Remove it")
         return self
 
     def _scheme_fits(self) -> None:
@@ -180,7 +182,7 @@ class Recipe(Component):
     def _ablations_exist(self) -> None:
         names = {term.name for term in self.objective}
         stages = (stage.name for stage in self.stages)
-        taken = (*stages, *self.scheme.learners, "labels_same_steps", "labels_same_compute", "teacher")
+        taken = (*stages, *self.scheme.learners, *TAKEN)
         for ablation, kept in self.evaluate.ablations.items():
             unknown = set(kept) - names
             if unknown or not kept:

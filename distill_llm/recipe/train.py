@@ -103,6 +103,11 @@ class EvaluateSpec(Component):
     controls: tuple[Control, ...] = Field(
         default=("labels_same_steps", "labels_same_compute"), description="trained beside the student by `run`"
     )
+    from_scratch: bool = Field(
+        default=False,
+        description="train a student of the same sizes from fresh weights too, with the same objective and steps, and "
+        "without the scheme: what its `model` was worth",
+    )
     ablations: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="further students: a name, and the objective's terms that it keeps"
     )

@@ -45,15 +45,14 @@ class Assistant(Component):
     def spec(self, student: StudentSpec) -> StudentSpec:
         """The assistant as a student; what is not its own is the student's."""
         if self.model:
-            return student.model_copy(update={"model": self.model, "revision": self.revision, "config": {}})
+            return student.whole(model=self.model, revision=self.revision, config={})
         config = {**student.config, **self.config}
         if "model_type" not in config:
             raise ValueError(
                 f"assistant '{self.name}': the student is a pretrained `model`, so that `config` has to be whole, with "
                 "a model_type; or give `model`"
             )
-        own = {"model": "", "config": config, "lora": None, "tokenizer": student.tokenizer or student.model}
-        return student.model_copy(update=own)
+        return student.whole(model="", config=config, lora=None, tokenizer=student.tokenizer or student.model)
 
 
 class AssistantChain(Scheme):

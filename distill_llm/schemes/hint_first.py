@@ -54,7 +54,7 @@ class HintFirst(Scheme):
             Stage(
                 STUDENT,
                 f"{describe(others)}, after {describe(hints)}",
-                sections.student.model_copy(update=begun),
+                sections.student.whole(**begun),
                 sections.teachers,
                 others,
                 StepByStep(),

@@ -13,7 +13,7 @@ from distill_llm.core.signals import Batch, LazySignals, Signals
 from distill_llm.models.spec import HubConfig, StudentSpec
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.base import Comparison, Scheme, said_by, said_by_teachers, still
-from distill_llm.schemes.stages import Sections, Stage
+from distill_llm.schemes.stages import STUDENT, TAKEN, Sections, Stage
 from distill_llm.teachers.base import TensorTeacherSpec, with_members
 from distill_llm.teachers.ensemble import EnsembleTeacher
 
@@ -30,7 +30,7 @@ _FIRST = "peer_1"
 """The name of the student that the recipe's section `student` describes."""
 
 
-_TAKEN = frozenset({_FIRST, "student", "teacher", "labels_same_steps", "labels_same_compute"})
+_TAKEN = frozenset({_FIRST, STUDENT, *TAKEN})
 
 
 class Peer(Component):
@@ -80,6 +80,11 @@ class Mutual(Scheme):
         return "a peer of the student"
 
     def stages(self, sections: Sections) -> tuple[Stage, ...]:
+        if sections.student.cut is not None and not sections.student.fresh:
+            raise ValueError(
+                "peers that are cut out of one model are one model: remove `student.cut`, or cut in a recipe of its "
+                "own and name what it made as a peer"
+            )
         self._beside(sections.student)
         return super().stages(sections)
 

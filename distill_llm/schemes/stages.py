@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 STUDENT = "student"
 """The last stage: the model that the recipe is for."""
-_TAKEN = ("teacher", "labels_same_steps", "labels_same_compute")
+FROM_SCRATCH = "from_scratch"
+"""A student of the same sizes with fresh weights."""
+TAKEN = ("teacher", "labels_same_steps", "labels_same_compute", FROM_SCRATCH)
 """Names of other models of a scorecard."""
 
 
@@ -77,7 +79,7 @@ def check_stages(stages: Sequence[Stage], sections: Sections) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two stages have the same name: {twice} (the last stage is '{STUDENT}'). Rename one")
-    taken = sorted(set(names) & {*sections.teachers, *_TAKEN})
+    taken = sorted(set(names) & {*sections.teachers, *TAKEN})
     if taken:
         raise ValueError(f"a stage has the name of a teacher or of a control: {taken}. Rename it")
     for stage in stages:

@@ -98,6 +98,7 @@ def test_adapters_on_a_local_base_are_sent_merged(
     assert not any("adapter" in name for name in sent)
     card = sent["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert "parameters, from `llama`, for one task" in card
     first = json.loads((tmp_path / "runs/tiny/predictions/student.jsonl").read_text().splitlines()[0])
     assert _run_snippet(hub, card, tmp_path).strip() == first["text"].strip()
     cli(*asked, "train.seed=5", "--retrain")
