@@ -151,12 +151,12 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
                 f"{where}.model: '{spec.model}' ({config.model_type}) reads {reads}: {do} `{where}.picture`. Pictures "
                 f"are read by models of the type {MODEL_TYPE}."
             )
+        student_config(spec, where=where)
     if spec.prefix_side == "decoder" and not is_encoder_decoder:
         raise ConfigError(
             f"{where}.prefix_side: 'decoder' needs an encoder-decoder, and this student is decoder-only: it has one "
             "side. Remove `prefix_side`."
         )
-        student_config(spec, where=where)
     check_bits(spec.model, spec.load_in, where=where)
     if isinstance(spec.tokenizer, str):
         load_tokenizer(spec, (), where=where)

@@ -15,7 +15,8 @@ from distill_llm.models.cut_sizes import sizes_after
 from distill_llm.models.cut_spec import Cut
 from distill_llm.models.fresh import auto_class
 from distill_llm.models.importance import Importance, measure
-from distill_llm.models.load import load_model
+from distill_llm.models.load import check_student, load_model
+from distill_llm.models.spec import StudentSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -393,6 +394,13 @@ def test_the_loss_without_a_layer_is_what_transformers_gives_for_the_rest() -> N
 def test_sizes_that_cannot_be_are_refused(name: str, keys: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         sizes_after(_model(name).config, Cut.model_validate(keys), "student.cut")
+
+
+def test_a_cut_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    _model("t5").config.save_pretrained(tmp_path)
+    spec = {"model": str(tmp_path), "tokenizer": {"kind": "words"}, "cut": {"heads": 5}}
+    with pytest.raises(ConfigError, match=r"student\.cut\.heads: 5 are more than the 4"):
+        check_student(StudentSpec.model_validate(spec))
 
 
 def test_models_and_weights_that_are_not_known_are_refused() -> None:
