@@ -13,6 +13,7 @@ from distill_llm.core.files import file_fingerprint
 from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
 from distill_llm.models.fresh import auto_class, config_class, fresh_model
 from distill_llm.models.hub import from_hub
+from distill_llm.models.quantize import cast_quantized, check_torchao, is_quantized, must_learn
 from distill_llm.models.vision import (
     MODEL_TYPE,
     check_sections,
@@ -59,6 +60,7 @@ def build_student(spec: StudentSpec, tokenizer: Any, *, where: str = "student") 
         return LoadedModel(model, tokenizer, painter)
     if spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")
+        must_learn(model.config, where=f"{where}.model")
     else:
         model = _quantized_student(spec, where)
     if len(tokenizer) > head_words(model.config):
@@ -124,6 +126,7 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
             check_sections(spec.config, spec.picture, f"{where}.config")
     else:
         config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        must_learn(config, where=f"{where}.model")
         is_encoder_decoder = bool(config.is_encoder_decoder)
         if is_vision(config) != (spec.picture is not None):
             reads, do = ("pictures", "add") if is_vision(config) else ("text", "remove")
@@ -207,8 +210,12 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
     model_class = auto_class(config)
-    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
-    return settled(model, where)
+    if not is_quantized(config):
+        model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+        return settled(model, where)
+    check_torchao(f"{where} (its weights are torchao's)")
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype="auto")
+    return settled(cast_quantized(model, dtype), where)
 
 
 def load_on(
@@ -250,6 +257,8 @@ def check_bits(source: str, load_in: Bits, *, where: str) -> None:
             f"{where}: '{source}' is a folder with an adapter, which has to be merged into full weights. Set "
             "`load_in: full`, or merge the adapter and save the whole model first."
         )
+    if is_quantized(read_config(source, where=where)):
+        raise ConfigError(f"{where}: the weights of '{source}' are quantized already. Set `load_in: full`.")
 
 
 def choose_device(asked: str, *, where: str) -> str:

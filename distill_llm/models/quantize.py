@@ -22,6 +22,8 @@ from distill_llm.core.extras import need
 if TYPE_CHECKING:
     from torch import nn
 
+    from distill_llm.models.spec import StudentSpec
+
 
 class QuantizeSpec(Component):
     """What becomes of a model's weights: linear layers in integers, each group of weights with a scale of its own."""
@@ -89,8 +91,8 @@ def find_layers(model: Any, spec: QuantizeSpec, *, where: str) -> Layers:
     odd = [name for name, part in words.items() if type(part) not in (nn.Embedding, nn.Linear)]
     if odd or not words:
         raise ConfigError(
-            f"{where}.embeddings: those of {type(model).__name__} are no plain matrix ({', '.join(odd) or 'none found'})."
-            " Set `embeddings: full`."
+            f"{where}.embeddings: those of {type(model).__name__} are no plain matrix ({', '.join(odd) or 'none'}). "
+            "Set `embeddings: full`."
         )
     return Layers(linear, words)
 
@@ -130,6 +132,23 @@ def _must_divide(linear: Mapping[str, Any], spec: QuantizeSpec, where: str) -> N
     )
 
 
+class _AnyWords:
+    """Stands for a tokenizer that is not there yet, where a model's words do not matter."""
+
+    pad_token_id, eos_token_id, bos_token_id = 0, 1, None
+
+    def __len__(self) -> int:
+        return 2
+
+
+def check_layers(student: StudentSpec, spec: QuantizeSpec, *, where: str) -> None:
+    """Raises ConfigError where a student's layers cannot be quantized so; loads no weights."""
+    from distill_llm.models.load import weightless_student
+
+    check_torchao(where)
+    find_layers(weightless_student(student, _AnyWords()), spec, where=where)
+
+
 def check_torchao(where: str) -> None:
     """Raises ConfigError where torchao is not installed."""
     need("torchao", "quantize", where=where)
@@ -140,6 +159,24 @@ def is_quantized(config: Any) -> bool:
     said = getattr(config, "quantization_config", None)
     method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
     return method == "torchao"
+
+
+def must_learn(config: Any, *, where: str) -> None:
+    """Raises ConfigError where a student's weights are integers, which no gradient moves."""
+    if is_quantized(config):
+        raise ConfigError(
+            f"{where}: the weights of this model are quantized (torchao), and cannot be trained on. Name the model "
+            "that it was made of (models/full_precision/model in a run of `scheme: {kind: quantization_aware}`)."
+        )
+
+
+def cast_quantized(model: Any, dtype: str) -> Any:
+    """A quantized model that computes in another type; loading it in one leaves the scales in theirs, and fails."""
+    import torch
+
+    if dtype == "auto" or getattr(torch, dtype) == model.dtype:
+        return model
+    return model.to(getattr(torch, dtype))
 
 
 def prepared(model: Any, spec: QuantizeSpec, *, where: str = "student") -> Any:

@@ -61,6 +61,12 @@ class Scheme(Component):
     provides: ClassVar[frozenset[str]] = frozenset()
     """Names of teachers that terms may name, and that are models of the training itself."""
 
+    offers: ClassVar[frozenset[str]] = frozenset()
+    """Names of stages that terms of the recipe may name as teachers, as the teachers of later stages."""
+
+    converts: ClassVar[bool] = False
+    """What is saved is not what was trained: ``save`` writes it, and not Trainer."""
+
     writes: ClassVar[bool] = False
     """It has the student write some of the texts that it learns from."""
 
@@ -125,7 +131,8 @@ class Scheme(Component):
         return self.learners[0]
 
     def save(self, learner: str, model: Any, folder: Path) -> None:
-        """Writes a learner that ``each`` gave as a Hugging Face folder of its own."""
+        """Writes a learner that ``each`` gave as a Hugging Face folder of its own; may change it, who is not trained
+        on."""
         from distill_llm.models.layers import without_heads
         from distill_llm.models.lora import save_bits
 
