@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class QuantizeSpec(Component):
     """What becomes of a model's weights: linear layers in integers, each group of weights with a scale of its own."""
 
-    weights: Literal["int4", "int8"] = "int4"
+    weights: Literal["int2", "int3", "int4", "int8"] = "int4"
     activations: Literal["full", "int8"] = Field(
         default="int8", description="int8: what a layer reads is rounded too, token by token, while it is read"
     )
@@ -159,6 +159,19 @@ def is_quantized(config: Any) -> bool:
     said = getattr(config, "quantization_config", None)
     method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
     return method == "torchao"
+
+
+def quantized_bytes(model: Any, spec: QuantizeSpec, *, where: str) -> int:
+    """Of the weights of a model (which may have no numbers) when it is quantized: one each, whatever their bits are,
+    and five for each scale and its zero point. What stays full has four."""
+    layers = find_layers(model, spec, where=where)
+    size = sum(4 * weight.numel() for weight in model.parameters())
+    words: list[Any] = list(layers.words.values())[:1]
+    for part in [*layers.linear.values(), *words]:
+        rows, width = part.weight.shape
+        in_group = width if spec.group_size == "row" or part in words else spec.group_size
+        size += rows * width - 4 * rows * width + 5 * rows * (width // in_group)
+    return size
 
 
 def must_learn(config: Any, *, where: str) -> None:

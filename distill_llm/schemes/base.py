@@ -115,6 +115,10 @@ class Scheme(Component):
         """Parameters that each token passes besides the student's own, for the compute of a step."""
         return 0
 
+    def saved_bytes(self, student: Any) -> int | None:
+        """On disk, of the weights of a finished model; None: as it is trained. ``student``'s may have no numbers."""
+        return None
+
     def assemble(self, student: LoadedModel, spec: StudentSpec, seed: int) -> LoadedModel:
         """The model that is trained: the student, and whoever learns with it.
 

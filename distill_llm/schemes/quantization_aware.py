@@ -103,6 +103,11 @@ class QuantizationAware(Scheme):
         check_student(recipe.student)
         check_layers(recipe.student, self.quantize, where="scheme.quantize")
 
+    def saved_bytes(self, student: Any) -> int | None:
+        from distill_llm.models.quantize import quantized_bytes
+
+        return quantized_bytes(student, self.quantize, where="scheme.quantize")
+
     def assemble(self, student: LoadedModel, spec: StudentSpec, seed: int) -> LoadedModel:
         from distill_llm.models.quantize import prepared
 
