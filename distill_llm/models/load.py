@@ -13,7 +13,7 @@ from distill_llm.core.files import file_fingerprint
 from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
 from distill_llm.models.fresh import auto_class, config_class, fresh_model
 from distill_llm.models.hub import from_hub
-from distill_llm.models.quantize import cast_quantized, check_torchao, is_quantized, must_learn
+from distill_llm.models.quantize import can_be_read, cast_quantized, is_quantized, must_learn
 from distill_llm.models.vision import (
     MODEL_TYPE,
     check_sections,
@@ -210,10 +210,9 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
     model_class = auto_class(config)
-    if not is_quantized(config):
+    if not can_be_read(config, where=where):
         model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
         return settled(model, where)
-    check_torchao(f"{where} (its weights are torchao's)")
     model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype="auto")
     return settled(cast_quantized(model, dtype), where)
 

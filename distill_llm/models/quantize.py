@@ -161,6 +161,14 @@ def is_quantized(config: Any) -> bool:
     return method == "torchao"
 
 
+def can_be_read(config: Any, *, where: str) -> bool:
+    """Whether a model is quantized; raises ConfigError where it is, and what reads it is not installed."""
+    if is_quantized(config):
+        check_torchao(f"{where} (its weights are quantized)")
+        return True
+    return False
+
+
 def quantized_bytes(model: Any, spec: QuantizeSpec, *, where: str) -> int:
     """Of the weights of a model (which may have no numbers) when it is quantized: one each, whatever their bits are,
     and five for each scale and its zero point. What stays full has four."""

@@ -96,16 +96,3 @@ def test_a_pushed_quantized_model_answers_as_its_scorecard_says(
     assert done.returncode == 0, f"{code}\n{done.stderr}"
     first = json.loads((tmp_path / "runs/tiny/predictions/student.jsonl").read_text().splitlines()[0])
     assert done.stdout.rstrip("\n") == first["text"]
-
-    # It teaches a later student, by text and by its logits.
-    folder = "runs/tiny/models/student/model"
-    later = (
-        shop,
-        "run_dir=later",
-        f"student={{config: {llama}, tokenizer: {folder}}}",
-        f"teachers={{big: {{kind: frozen, model: {folder}}}}}",
-        "objective=[{name: soft, loss: {kind: forward_kl}, targets: [label], teacher: big}]",
-        "train.max_steps=2",
-        "evaluate.controls=[]",
-    )
-    cli("run", *later)
