@@ -53,9 +53,9 @@ class ModelCardFacts:
     """All that the card says. A text is empty, a number None, where nobody knows.
 
     ``base_model`` is on the Hub, or "". ``begun``: whose weights it began with, be they on the Hub or not; "" for
-    random ones. ``adapter``: what is sent needs that base. ``example`` is a prompt as the model was trained on it,
-    ``answer`` what it writes for it; ``decoder_start``: ids that its decoder reads before it writes, where that is more
-    than a start token.
+    random ones. ``adapter``: what is sent needs that base. ``quantized``: by torchao, which it needs. ``example`` is a
+    prompt as the model was trained on it, ``answer`` what it writes for it; ``decoder_start``: ids that its decoder
+    reads before it writes, where that is more than a start token.
     """
 
     repo_id: str
@@ -66,6 +66,7 @@ class ModelCardFacts:
     base_model: str
     begun: str
     adapter: bool
+    quantized: bool
     is_encoder_decoder: bool
     parameters: int
     teachers: Sequence[TeacherFacts]
@@ -106,7 +107,8 @@ def _use(facts: ModelCardFacts) -> str:
     if not facts.example:
         return ""
     writes = f"\n\nIt writes {code(facts.answer)}." if facts.answer else ""
-    return f"## Use\n\n```python\n{snippet(facts)}\n```{writes}"
+    needs = "\n\nIts weights are quantized: `pip install torchao` to load it." if facts.quantized else ""
+    return f"## Use\n\n```python\n{snippet(facts)}\n```{writes}{needs}"
 
 
 def snippet(facts: ModelCardFacts) -> str:
@@ -152,7 +154,7 @@ def _head(facts: ModelCardFacts) -> str:
     data = ModelCardData(
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, facts.task],
+        tags=[*_TAGS, facts.task, *(["torchao"] if facts.quantized else [])],
         base_model=facts.base_model or None,
         datasets=[facts.task_data] if facts.task_data else None,
         model_name=facts.repo_id.split("/")[-1],

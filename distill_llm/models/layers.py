@@ -115,6 +115,12 @@ def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in state.items() if not name.startswith(f"{_NAME}.")}
 
 
+def drop_heads(model: Any) -> None:
+    """Takes the heads off a student that was trained."""
+    if hasattr(model, _NAME):
+        delattr(model, _NAME)
+
+
 def head_weights(model: Any) -> dict[str, Tensor]:
     """The weights of the heads alone, by the names that ``without_heads`` leaves out."""
     return {

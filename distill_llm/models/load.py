@@ -14,6 +14,7 @@ from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size
 from distill_llm.models.cut_sizes import cut_config, first_layers, sizes_after
 from distill_llm.models.fresh import auto_class, config_class, drawn, fresh_model
 from distill_llm.models.hub import from_hub
+from distill_llm.models.quantize import can_be_read, cast_quantized, is_quantized, must_learn
 from distill_llm.models.vision import (
     MODEL_TYPE,
     check_sections,
@@ -69,6 +70,7 @@ def build_student(
         model = drawn(student_config(spec, where=where))
     elif spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")
+        must_learn(model.config, where=f"{where}.model")
         if spec.cut is not None:
             from distill_llm.models.cut import choose, cut_model
 
@@ -139,6 +141,7 @@ def check_student(spec: StudentSpec, *, where: str = "student") -> bool:
             check_sections(spec.config, spec.picture, f"{where}.config")
     else:
         config = read_config(spec.model, spec.revision, where=f"{where}.model")
+        must_learn(config, where=f"{where}.model")
         is_encoder_decoder = bool(config.is_encoder_decoder)
         if is_mixed(config):
             raise ConfigError(
@@ -236,8 +239,11 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
         return load_with_adapter(source, where=where, dtype=dtype)
     config = read_config(source, revision, where=where)
     model_class = auto_class(config)
-    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
-    return settled(model, where)
+    if not can_be_read(config, where=where):
+        model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype=dtype)
+        return settled(model, where)
+    model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype="auto")
+    return settled(cast_quantized(model, dtype), where)
 
 
 def load_on(
@@ -279,6 +285,8 @@ def check_bits(source: str, load_in: Bits, *, where: str) -> None:
             f"{where}: '{source}' is a folder with an adapter, which has to be merged into full weights. Set "
             "`load_in: full`, or merge the adapter and save the whole model first."
         )
+    if is_quantized(read_config(source, where=where)):
+        raise ConfigError(f"{where}: the weights of '{source}' are quantized already. Set `load_in: full`.")
 
 
 def choose_device(asked: str, *, where: str) -> str:

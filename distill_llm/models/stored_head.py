@@ -100,10 +100,10 @@ def take_head(model: Any, width: int, *, where: str) -> StoredHead:
     from torch import nn
 
     module = model.get_output_embeddings()
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         raise ConfigError(
             f"{where}: its output head is a {type(module).__name__}, and only a plain linear layer can be kept in a "
-            "cache. Take `payload: {kind: top_k}`, or `load_in: full`."
+            "cache, of full weights. Take `payload: {kind: top_k}`, or `load_in: full`."
         )
     finish = finish_of(model)
     bias = None if finish.bias is None else finish.bias[..., :width]

@@ -15,7 +15,7 @@ from distill_llm.models.spec import StudentSpec
 from distill_llm.objective import Term, targets_of
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import FROM_SCRATCH, STUDENT, Stage, describe
+from distill_llm.schemes.stages import FROM_SCRATCH, STUDENT, Stage, describe, on_the_way
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.base import TensorTeacherSpec
 
@@ -23,6 +23,7 @@ from distill_llm.teachers.base import TensorTeacherSpec
 @dataclass(frozen=True, slots=True)
 class Arm:
     """``evaluate_target`` is what it is asked for on validation and test; ``after``: arms that must be trained before.
+    One of 0 ``max_steps`` is saved as it starts.
 
     The role of a stage before the student's is assistant.
     """
@@ -116,7 +117,9 @@ def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
         if name == "labels_same_compute":
             passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
             control = _arm_of_student(recipe, name, "control", "", label, StepByStep(), steps)
-            spent = sum(arm.max_steps / steps * _row_cost(arm, rows, sizes, passes) for arm in arms[: len(stages)])
+            paid = {stage.name for stage in on_the_way(stages)}
+            trained = [arm for arm in arms[: len(stages)] if arm.name in paid and arm.max_steps]
+            spent = sum(arm.max_steps / steps * _row_cost(arm, rows, sizes, passes) for arm in trained)
             factor = spent / _row_cost(control, rows, sizes, passes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
         number = max(1, round(steps * factor))
@@ -147,9 +150,9 @@ def _stage_arm(recipe: Recipe, stage: Stage, steps: int) -> Arm:
         teachers=stage.teachers,
         terms=stage.terms,
         scheme=stage.scheme,
-        max_steps=max(1, round(steps * stage.share_of_steps)),
+        max_steps=max(1, round(steps * stage.share_of_steps)) if stage.share_of_steps else 0,
         seed=recipe.training_seed + stage.seed_shift,
-        evaluate_target=_asked(recipe, stage.terms),
+        evaluate_target=_asked(recipe, stage.terms or recipe.objective),
         after=stage.after,
         scored=stage.scored,
         validated=stage.validated,

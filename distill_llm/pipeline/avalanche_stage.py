@@ -17,7 +17,7 @@ from distill_llm.models.load import choose_device, load_on, read_tokenizer
 from distill_llm.models.vision import read_painter
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.trial import max_new_tokens, student_view
-from distill_llm.schemes.stages import STUDENT
+from distill_llm.schemes.stages import STUDENT, on_the_way
 from distill_llm.teachers.ensemble import Ensemble, mixed
 from distill_llm.teachers.frozen import Frozen
 
@@ -44,7 +44,7 @@ def avalanche_of(
 
     ``answers``: those of the arms that are scored. A teacher that cannot be asked as the student is, is left out.
     """
-    stages = [stage for stage in recipe.stages if stage.scored]
+    stages = [stage for stage in on_the_way(recipe.stages) if stage.scored]
     if len(stages) < 2 or any(stage.name not in answers for stage in stages):
         return None
     asked = _Asked(recipe, examples, run, progress)

@@ -70,6 +70,7 @@ def examine(recipe: Recipe) -> Diagnosis:
                 diagnosis.note(level, "pictures", said)
         _cuts(recipe, rows, diagnosis)
         with TemporaryDirectory() as folder:
+            recipe = _with_stages(recipe, diagnosis)
             recipe = _with_captures(recipe, material, rows, tokenizer, Path(folder), diagnosis)
             examine_step(recipe, student, rows, diagnosis)
     except DistillError as error:
@@ -117,6 +118,18 @@ def _cut(recipe: Recipe, student: LoadedModel, rows: RowSet, diagnosis: Diagnosi
     said = f"{short_count(left)} of {short_count(whole)} parameters ({left / whole:.0%}) stay: {sizes}{layers}"
     diagnosis.note("ok", "cut", said)
     return student
+
+
+def _with_stages(recipe: Recipe, diagnosis: Diagnosis) -> Recipe:
+    """With the stages that terms name as teachers; the terms of one that is not trained yet are left out."""
+    run, teachers, objective = RunFolder(recipe.folder), dict(recipe.teachers), recipe.objective
+    for name in sorted(recipe.scheme.offers & {term.teacher for term in objective if term.teacher is not None}):
+        if run.result(name).exists():
+            teachers[name] = recipe.stages[-1].teachers[name]
+            continue
+        diagnosis.note("warning", f"teacher {name}", "a stage, not trained yet: its terms are not looked at below")
+        objective = tuple(term for term in objective if term.teacher != name)
+    return recipe.model_copy(update={"teachers": teachers, "objective": objective})
 
 
 def _licences(recipe: Recipe, diagnosis: Diagnosis) -> None:

@@ -41,13 +41,16 @@ class Needs:
     beside: int
     teachers: tuple[str, ...]
     checkpoints: int
+    is_trained: bool = True
 
     def __str__(self) -> str:
+        size = f"{self.description}: {short_count(self.parameters)} parameters, {short_bytes(self.disk)} on disk"
+        if not self.is_trained:
+            return f"{size}; not trained: {short_bytes(self.training)} of weights in memory while it is made"
         beside = f" and {short_bytes(self.beside)} of teachers ({', '.join(self.teachers)})" if self.teachers else ""
         return (
-            f"{self.description}: {short_count(self.parameters)} parameters, {short_bytes(self.disk)} on disk; while "
-            f"it is trained, {short_bytes(self.training)} of weights, gradients and optimiser states{beside} in "
-            f"memory, and up to {short_bytes(self.checkpoints)} of checkpoints"
+            f"{size}; while it is trained, {short_bytes(self.training)} of weights, gradients and optimiser "
+            f"states{beside} in memory, and up to {short_bytes(self.checkpoints)} of checkpoints"
         )
 
 
@@ -110,13 +113,17 @@ def _needs(recipe: Recipe, stage: Stage, model: Any, sizes: dict[str, int]) -> N
     for term in stage.terms:
         if term.teacher is not None and term.teacher in stage.teachers:
             _add_teacher(teachers, term.teacher, stage, sizes, parameters)
+    saved = stage.scheme.saved_bytes(model)
+    disk = _NUMBER * (parameters if stage.student.lora is None else learned) if saved is None else saved
+    if not stage.share_of_steps:
+        return Needs(stage.name, stage.description, parameters, disk, _NUMBER * parameters, 0, (), 0, is_trained=False)
     kept = recipe.train.keep_checkpoints + 2  # the best one besides, and the one that is being written
     rates = len(recipe.train.tune) if stage.validated and recipe.train.tune else 1
     return Needs(
         name=stage.name,
         description=stage.description,
         parameters=parameters,
-        disk=_NUMBER * (parameters if stage.student.lora is None else learned),
+        disk=disk,
         training=_NUMBER * (parameters + learned + states),
         beside=sum(teachers.values()),
         teachers=tuple(name for name, size in teachers.items() if size),

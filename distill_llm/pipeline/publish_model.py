@@ -18,6 +18,7 @@ from distill_llm.hub.markdown import code, percent, table
 from distill_llm.hub.model_card import ModelCardFacts, ScoreFacts, TeacherFacts, TermFacts, licence_warnings, model_card
 from distill_llm.models.load import count_parameters, is_adapter, load_model, read_config, read_tokenizer, revision_of
 from distill_llm.models.lora import base_of, has_bits
+from distill_llm.models.quantize import is_quantized
 from distill_llm.pipeline.publish import public_task
 from distill_llm.pipeline.rationale_stage import load_examples
 from distill_llm.pipeline.run_folder import RunFolder, open_run
@@ -123,6 +124,7 @@ def _facts(
         base_model=_base_model(recipe, folder, arm),
         begun=_begun(recipe, arm),
         adapter=is_adapter(str(folder)),
+        quantized=is_quantized(config),
         is_encoder_decoder=bool(config.is_encoder_decoder),
         parameters=count_parameters(str(folder), where=f"arm {arm}"),
         teachers=list(_teachers(recipe)),
@@ -209,6 +211,8 @@ def _setting(value: Any) -> str:
 
 
 def _training(recipe: Recipe, trained: dict[str, Any]) -> list[str]:
+    if not trained["steps"]:
+        return [f"none of its own: {trained['description']}"]
     spec, computed = recipe.train, trained.get("precision", "float32")
     chosen = "the last" if trained["validation_accuracy"] is None else "the best on validation"
     return [

@@ -137,15 +137,16 @@ def _score_arm(
     right = [bool(one.correct) for one in predictions.items]
     _agree_with_metric(recipe, material, predictions, right)
     save_predictions(run, arm, predictions)
+    own = trained if trained["steps"] else {}  # of a stage that was not trained there is nothing to say
     facts = Facts(
         role=trained["role"],
         description=trained["description"],
         parameters=sum(weight.numel() for weight in model.parameters()),
         bytes=weight_bytes(folder),
-        train_seconds=trained["seconds"],
-        train_steps=trained["steps"],
-        train_tokens=trained["tokens"],
-        learning_rate=trained["learning_rate"],
+        train_seconds=own.get("seconds"),
+        train_steps=own.get("steps"),
+        train_tokens=own.get("tokens"),
+        learning_rate=own.get("learning_rate"),
         validation_accuracy=trained["validation_accuracy"],
         examples_per_second=len(predictions.items) / predictions.seconds if predictions.seconds > 0 else None,
     )

@@ -131,7 +131,8 @@ def train_arms(
 
 def _rates_of(arm: Arm, recipe: Recipe) -> tuple[float, ...]:
     """Where validation cannot choose, the recipe has chosen."""
-    return recipe.train.tune if recipe.train.tune and arm.validated else (recipe.train.learning_rate,)
+    chooses = arm.validated and arm.max_steps
+    return recipe.train.tune if recipe.train.tune and chooses else (recipe.train.learning_rate,)
 
 
 def _keep_best_of(arms: Sequence[Arm], pairs: Sequence[tuple[Trial, dict[str, Any]]], run: RunFolder) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from distill_llm.models.picture import Painter
     from distill_llm.recipe.train import TrainSpec
     from distill_llm.teachers.base import TensorTeacher
+    from distill_llm.training.train import Trained
     from distill_llm.training.trainer import DistillTrainer
 
 
@@ -75,16 +76,9 @@ def max_new_tokens(recipe: Recipe) -> int:
 
 def make_trial_trainer(trial: Trial) -> DistillTrainer:
     """The trainer of a trial, with the student as its seed draws it or its weights were."""
-    from transformers import set_seed
-
-    from distill_llm.models.generate import default_device
     from distill_llm.training.train import make_trainer
 
-    recipe = trial.recipe
-    set_seed(recipe.training_seed)
-    tokenizer = read_tokenizer(str(trial.tokenizer), where="student.tokenizer")
-    student = build_student(recipe.student, tokenizer, kept=read_kept(trial.cut))
-    student.model.to(default_device())
+    recipe, student = trial.recipe, _student(trial)
     spec = recipe.train.model_copy(update={"learning_rate": trial.learning_rate})
     if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
         return _make_trl_trainer(trial, recipe.scheme, student, spec)
@@ -102,6 +96,19 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         folder=trial.folder,
         seed=recipe.training_seed,
     )
+
+
+def _student(trial: Trial) -> LoadedModel:
+    from transformers import set_seed
+
+    from distill_llm.models.generate import default_device
+
+    recipe = trial.recipe
+    set_seed(recipe.training_seed)
+    tokenizer = read_tokenizer(str(trial.tokenizer), where="student.tokenizer")
+    student = build_student(recipe.student, tokenizer, kept=read_kept(trial.cut))
+    student.model.to(default_device())
+    return student
 
 
 def _make_trl_trainer(trial: Trial, scheme: OnPolicy, student: LoadedModel, spec: TrainSpec) -> Any:
@@ -134,15 +141,36 @@ def run_trial(trial: Trial, progress: Progress, stop_when: Callable[[], bool] = 
     done = trial.folder / "trained.json"
     if done.exists():
         return read_json(done)
-    trainer = make_trial_trainer(trial)
-    model: Any = trainer.model
-    computes = choose_precision(trial.recipe.train.precision, model)
-    progress.say(f"{trial.name}: computes in {computes.name} ({computes.why})")
-    trained = fit(trainer, trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
-    result = asdict(trained) | {"learning_rate": trial.learning_rate, "precision": computes.name}
+    if trial.arm.max_steps:
+        trainer = make_trial_trainer(trial)
+        model: Any = trainer.model
+        computes = choose_precision(trial.recipe.train.precision, model)
+        progress.say(f"{trial.name}: computes in {computes.name} ({computes.why})")
+        trained = fit(trainer, trial.folder, progress=progress, name=trial.name, stop_when=stop_when)
+        precision = computes.name
+    else:
+        trained, precision = _save_as_it_starts(trial), "float32"
+    result = asdict(trained) | {"learning_rate": trial.learning_rate, "precision": precision}
     if is_main_process():
         write_json(done, result)
     return result
+
+
+def _save_as_it_starts(trial: Trial) -> Trained:
+    """What a training without steps comes to: its model validated, and saved as its scheme saves."""
+    from distill_llm.core.processes import is_main_process
+    from distill_llm.training.train import Trained
+    from distill_llm.training.trainer import save_learner
+
+    recipe = trial.recipe
+    student = recipe.scheme.assemble(_student(trial), recipe.student, recipe.training_seed)
+    validate = _validator(trial, student)
+    accuracy = validate(student.model.eval())["accuracy"] if validate else None
+    if is_main_process():
+        for name, model in recipe.scheme.each(student.model):
+            folder = trial.folder / "model"
+            save_learner(recipe.scheme, name, model, folder, student.tokenizer, student.painter)
+    return Trained(0, 0, 0, 0.0, accuracy, recipe.scheme.learners[0], {})
 
 
 def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:

@@ -108,7 +108,7 @@ class Recipe(Component):
                 teacher.check_rationales(asked and asked.teacher, asked and asked.sampling)
             except ValueError as error:
                 raise ValueError(f"teachers.{name}: {error}") from None
-        check_terms(self.objective, self.teachers, self.scheme.provides)
+        check_terms(self.objective, self.teachers, self.scheme.provides | self.scheme.offers)
         self._rationales_are_there(self.objective)
         if self.label_from != "gold" and self.rationales is None:
             raise ValueError(f"label_from: {self.label_from} needs a `rationales` section: its teacher gives labels")
@@ -127,7 +127,7 @@ class Recipe(Component):
 
     def _scheme_fits(self) -> None:
         try:
-            taken = sorted(self.scheme.provides & set(self.teachers))
+            taken = sorted((self.scheme.provides | self.scheme.offers) & set(self.teachers))
             if taken:
                 raise ValueError(f"it provides a teacher {taken[0]} itself. Rename the one under `teachers`")
             stages = self.stages

@@ -61,6 +61,12 @@ class Scheme(Component):
     provides: ClassVar[frozenset[str]] = frozenset()
     """Names of teachers that terms may name, and that are models of the training itself."""
 
+    offers: ClassVar[frozenset[str]] = frozenset()
+    """Names of stages that terms of the recipe may name as teachers, as the teachers of later stages."""
+
+    converts: ClassVar[bool] = False
+    """What is saved is not what was trained: ``save`` writes it, and not Trainer."""
+
     writes: ClassVar[bool] = False
     """It has the student write some of the texts that it learns from."""
 
@@ -109,6 +115,10 @@ class Scheme(Component):
         """Parameters that each token passes besides the student's own, for the compute of a step."""
         return 0
 
+    def saved_bytes(self, student: Any) -> int | None:
+        """On disk, of the weights of a finished model; None: as it is trained. ``student``'s may have no numbers."""
+        return None
+
     def assemble(self, student: LoadedModel, spec: StudentSpec, seed: int) -> LoadedModel:
         """The model that is trained: the student, and whoever learns with it.
 
@@ -125,7 +135,8 @@ class Scheme(Component):
         return self.learners[0]
 
     def save(self, learner: str, model: Any, folder: Path) -> None:
-        """Writes a learner that ``each`` gave as a Hugging Face folder of its own."""
+        """Writes a learner that ``each`` gave as a Hugging Face folder of its own; may change it, who is not trained
+        on."""
         from distill_llm.models.layers import without_heads
         from distill_llm.models.lora import save_bits
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from distill_llm.losses.layers import FeatureLoss
 from distill_llm.objective import Term
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import STUDENT, Sections, Stage, describe
+from distill_llm.schemes.stages import STUDENT, Sections, Stage, begun_by, describe
 from distill_llm.schemes.step_by_step import StepByStep
 
 HINTS = "hints"
@@ -36,9 +36,6 @@ class HintFirst(Scheme):
         hints = tuple(self._hint(term) for term in sections.objective if term.layers is not None)
         others = tuple(term for term in sections.objective if term.layers is None)
         _check(sections, hints, others)
-        begun = {"model": sections.model_of(HINTS), "config": {}, "revision": "main"}
-        if not sections.student.tokenizer:
-            begun["tokenizer"] = sections.student.model
         return (
             Stage(
                 HINTS,
@@ -54,7 +51,7 @@ class HintFirst(Scheme):
             Stage(
                 STUDENT,
                 f"{describe(others)}, after {describe(hints)}",
-                sections.student.whole(**begun),
+                begun_by(sections.student, sections.model_of(HINTS)),
                 sections.teachers,
                 others,
                 StepByStep(),

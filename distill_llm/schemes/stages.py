@@ -47,7 +47,7 @@ class Stage:
     scheme: Scheme
     after: tuple[str, ...] = ()
     share_of_steps: float = 1.0
-    """Of the steps that the recipe names."""
+    """Of the steps that the recipe names; 0: it is not trained, and saved as it starts and as its scheme saves."""
     seed_shift: int = 0
     """Added to the recipe's seed: other weights to start from, and another order of the rows."""
     scored: bool = True
@@ -66,9 +66,25 @@ def outline(stages: Sequence[Stage]) -> list[str]:
         return []
     lines = []
     for number, stage in enumerate(stages, start=1):
-        steps = "" if stage.share_of_steps == 1 else f"; {stage.share_of_steps:.0%} of the steps"
+        share = f"; {stage.share_of_steps:.0%} of the steps" if stage.share_of_steps else "; not trained"
+        steps = "" if stage.share_of_steps == 1 else share
         lines.append(f"stage {number} of {len(stages)}, {stage.name}: {stage.description}{steps}")
     return lines
+
+
+def on_the_way(stages: Sequence[Stage]) -> list[Stage]:
+    """The last stage, and those that it needs, in their order; others are there to be compared with it."""
+    needed = {stages[-1].name}
+    for stage in reversed(stages):
+        needed |= set(stage.after) if stage.name in needed else set()
+    return [stage for stage in stages if stage.name in needed]
+
+
+def begun_by(student: StudentSpec, folder: str) -> StudentSpec:
+    """``student``, who starts from the model in ``folder``, that of an earlier stage, and reads as before."""
+    own = ("prefixes", "prefix_side", "attention", "chat", "picture")
+    kept = {name: getattr(student, name) for name in own}
+    return StudentSpec(model=folder, tokenizer=student.tokenizer or student.model, **kept)
 
 
 def check_stages(stages: Sequence[Stage], sections: Sections) -> None:
@@ -83,6 +99,8 @@ def check_stages(stages: Sequence[Stage], sections: Sections) -> None:
     if taken:
         raise ValueError(f"a stage has the name of a teacher or of a control: {taken}. Rename it")
     for stage in stages:
+        if not stage.share_of_steps:
+            continue
         try:
             check_terms(stage.terms, stage.teachers, stage.scheme.provides)
         except ValueError as error:

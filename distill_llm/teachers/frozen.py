@@ -85,9 +85,10 @@ class Frozen(TensorTeacherSpec):
 
     def check(self) -> None:
         from distill_llm.models.load import check_bits, check_weights, choose_device, read_config
+        from distill_llm.models.quantize import can_be_read
 
         choose_device(self.device, where=f"{self._where}.device")
-        read_config(self.model, self.revision, where=self._where)
+        can_be_read(read_config(self.model, self.revision, where=self._where), where=self._where)
         check_weights(self.model, where=self._where)
         check_bits(self.model, self.load_in, where=self._where)
 

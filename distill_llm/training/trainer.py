@@ -27,6 +27,7 @@ from distill_llm.models.head import OutputHead
 from distill_llm.models.layers import anchor_of, head_weights, load_heads, save_heads, without_heads
 from distill_llm.models.lora import save_bits
 from distill_llm.models.peers import Peers, members_of
+from distill_llm.models.picture import Painter
 from distill_llm.objective import Objective, Watch
 from distill_llm.schemes.base import Moment, Scheme
 from distill_llm.teachers.base import TensorTeacher
@@ -36,6 +37,16 @@ from distill_llm.training.moving import MoveTeachers
 
 Validate = Callable[[nn.Module], dict[str, float]]
 """Scores the model as it stands; the key ``accuracy`` decides which checkpoint is best."""
+
+
+def save_learner(
+    scheme: Scheme, learner: str, model: Any, folder: Path, tokenizer: Any, painter: Painter | None
+) -> None:
+    """Writes a learner that ``scheme.each`` gave, with all that is needed to use it."""
+    scheme.save(learner, model, folder)
+    tokenizer.save_pretrained(str(folder))
+    if painter is not None:
+        painter.save(str(folder))
 
 
 class DistillTrainer(Trainer):
@@ -85,10 +96,11 @@ class DistillTrainer(Trainer):
     def _unsharded(self, scheme: Scheme) -> Scheme:
         """The scheme, if it can be had as the training is spread over processes."""
         several = len(scheme.learners) > 1 or isinstance(self.model, Peers)
-        if several and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if (several or scheme.converts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            leaves = "several models" if several else "another model than the one that learned"
             raise ConfigError(
-                f"scheme: {type(scheme).model_fields['kind'].default} leaves several models, which cannot be taken "
-                "apart while FSDP or DeepSpeed share out their weights. Use plain torchrun (DDP)."
+                f"scheme: {type(scheme).model_fields['kind'].default} leaves {leaves}, which cannot be made while FSDP "
+                "or DeepSpeed share out the weights. Use plain torchrun (DDP)."
             )
         return scheme
 
@@ -180,7 +192,7 @@ class DistillTrainer(Trainer):
         Gives the first one's name, and the validation accuracy of each of the others.
         """
         names = self.scheme.learners
-        if len(names) == 1 and not isinstance(self.model, Peers):
+        if len(names) == 1 and not isinstance(self.model, Peers) and not self.scheme.converts:
             self.save_model(str(folder / "model"))
             return names[0], {}
         step = self.state.best_global_step or self.state.global_step
@@ -189,8 +201,7 @@ class DistillTrainer(Trainer):
         chosen = self.scheme.student_among(scores)
         for name, model in self.scheme.each(self.model) if self.args.should_save else ():
             own = folder / "model" if name == chosen else folder / "others" / name
-            self.scheme.save(name, model, own)
-            cast(Any, self.processing_class).save_pretrained(str(own))
+            save_learner(self.scheme, name, model, own, self.processing_class, self.collator.painter)
         return chosen, {name: scores.get(name) for name in names if name != chosen}
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.core.signals import model_inputs, signals_of
+from distill_llm.core.signals import all_at_once, model_inputs, signals_of
 from distill_llm.data.collate import Collator
 from distill_llm.data.rows import Row
 from distill_llm.losses.forward_kl import ForwardKL
@@ -17,6 +17,7 @@ from distill_llm.losses.jensen_shannon import JensenShannon
 from distill_llm.losses.logit_mse import LogitMSE
 from distill_llm.models.head import OutputHead
 from distill_llm.models.load import LoadedModel
+from distill_llm.models.quantize import QuantizeSpec, cast_quantized, quantized, save_quantized
 from distill_llm.objective import Objective, Term
 from distill_llm.schemes.step_by_step import StepByStep
 from distill_llm.teachers.beside import ModelBeside
@@ -63,6 +64,32 @@ def test_it_says_what_the_model_says_without_dropout_or_gradient(
     assert not said.logits.requires_grad
     assert said.token_ids.tolist() == expected.token_ids.tolist()
     assert spec.num_parameters(0) == big.num_parameters
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("auto", 1e-6), ("bfloat16", 0.05)])
+def test_a_quantized_model_teaches_as_it_speaks(
+    dtype: Any,
+    tolerance: float,
+    tiny_model: Callable[..., LoadedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    big = tiny_model(seed=2)
+    model = quantized(big.model, QuantizeSpec(group_size=8))
+    save_quantized(model, tmp_path)
+    big.tokenizer.save_pretrained(tmp_path)
+    spec = Frozen(model=str(tmp_path), dtype=dtype)
+    spec.check()
+    teacher = spec.open(_facts(tiny_model(seed=1)))
+    batch = Collator(0, 0 if big.is_encoder_decoder else None)(ROWS)
+    expected = signals_of(cast_quantized(model.eval(), dtype)(**model_inputs(batch)).logits, batch).logits
+    torch.testing.assert_close(teacher.signals(batch).logits, expected, atol=tolerance, rtol=0)
+    lazily = teacher.lazy_signals(batch)  # type: ignore[attr-defined]
+    torch.testing.assert_close(all_at_once(lazily).logits, expected, atol=tolerance, rtol=0)
+    assert spec.num_parameters(0) == tiny_model().num_parameters
+    monkeypatch.setattr("distill_llm.core.extras.is_there", lambda package: package != "torchao")
+    with pytest.raises(ConfigError, match=r"teachers: frozen .*\(its weights are quantized\).*distill-llm\[quantize\]"):
+        spec.check()
 
 
 def test_another_family_is_refused(
