@@ -42,6 +42,7 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/peers.py",
     f"{PACKAGE}/models/exits.py",
+    f"{PACKAGE}/models/graphs.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 
