@@ -33,6 +33,10 @@ class TeacherError(DistillError, RuntimeError):
     """A teacher cannot give what was asked of it."""
 
 
+class ExportError(DistillError, RuntimeError):
+    """A model cannot be written in a format, or the format's runtime does not read what was written."""
+
+
 class BudgetReached(DistillError):
     """The budget is used up before all was asked; what came back is kept."""
 

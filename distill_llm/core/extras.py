@@ -10,7 +10,11 @@ from distill_llm.core.errors import ConfigError
 
 
 def is_there(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    """Whether a package is installed, or one inside it, which an older version may lack."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def need(package: str, extra: str, *, where: str) -> None:

@@ -63,25 +63,50 @@ def predict(
         if mix is None
         else JointGenerator(model, view.tokenizer, mix, **options)
     )
-    pictures, _ = view.pictures(examples, target)
-    inputs, _ = view.inputs([] if pictures else [example.input for example in examples], target)
-    order = sorted(range(len(examples)), key=lambda i: -len(inputs[i]) if inputs else 0)
+    settings: dict[str, Any] = {"batch_rows": batch_rows, "progress": progress, "name": name}
+    return predict_with(generator, view, examples, task=task, target=target, **settings)
+
+
+def predict_with(
+    generator: Any,
+    view: StudentView,
+    examples: Sequence[Example],
+    *,
+    task: Task,
+    target: Target,
+    batch_rows: int,
+    progress: Progress,
+    name: str,
+) -> Predictions:
+    """The same of whatever writes texts for token ids (``write_ids``), or for pixels (``write_pictures``)."""
+    asked = questions(view, examples, target)
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]) if view.painter is None else 0)
     texts = [""] * len(examples)
     seconds = 0.0
     for start in range(0, len(order), batch_rows):
         part = order[start : start + batch_rows]
         began = time.perf_counter()
-        if view.painter is not None:
-            written = generator.write_pictures(view.painter.pixels([pictures[i] for i in part]))
-        else:
-            written = generator.write_ids([inputs[i] for i in part])
+        written = ask(generator, view, [asked[i] for i in part])
         seconds += time.perf_counter() - began
-        for i, one in zip(part, written, strict=True):
-            texts[i] = one.text
+        for i, text in zip(part, written, strict=True):
+            texts[i] = text
         progress.advance(name, min(start + batch_rows, len(order)), len(order))
     return Predictions(
         tuple(_judge(text, target, task, example) for text, example in zip(texts, examples, strict=True)), seconds
     )
+
+
+def questions(view: StudentView, examples: Sequence[Example], target: Target) -> list[Any]:
+    """Of each example the token ids that a student reads, or its picture."""
+    pictures, _ = view.pictures(examples, target)
+    return pictures or view.inputs([example.input for example in examples], target)[0]
+
+
+def ask(generator: Any, view: StudentView, asked: Sequence[Any]) -> list[str]:
+    """One batch of texts for what ``questions`` gave."""
+    if view.painter is not None:
+        return [one.text for one in generator.write_pictures(view.painter.pixels(asked))]
+    return [one.text for one in generator.write_ids(asked)]
 
 
 def _judge(text: str, target: Target, task: Task, example: Example) -> Prediction:

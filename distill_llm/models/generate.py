@@ -90,7 +90,7 @@ class Generator:
         self._max_new_tokens = max_new_tokens
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._decoder_prefix = tuple(decoder_prefix)
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         self._plain_cache = has_plain_cache(model)
         self._prefix: SharedPrefix | None = None
 
@@ -324,7 +324,7 @@ def _with_prefix(prefix: Sequence[int], rows: Int[Tensor, "B T"]) -> Int[Tensor,
     return torch.cat([rows.new_tensor(prefix).expand(len(rows), -1), rows], dim=1)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Each token that ends a text: the model may name several, such as the end of a turn."""
     of_model = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
     listed = of_model if isinstance(of_model, list) else [of_model]

@@ -43,6 +43,7 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/models/peers.py",
     f"{PACKAGE}/models/exits.py",
     f"{PACKAGE}/models/importance.py",
+    f"{PACKAGE}/models/graphs.py",
     f"{PACKAGE}/models/prefix_attention.py",
 )
 
