@@ -2,7 +2,7 @@
 
     python benchmarks/compress.py [KEY=VALUE]... [--seeds 5] [--workers 2] [--parts int4 int2 pruned] [--out FOLDER]
 
-Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Runs recipes/compress/qat-int4.yaml,
+Needs the quickstart's teacher (``distill-llm run recipes/quickstart/teacher.yaml``). Runs the recipe qat-int4,
 the same with weights of 2 bits, and prune-half.yaml at its first learning rate; each seed with other initial weights,
 another order and another pool of questions. The differences are paired by seed; their interval is that of their mean
 (Student's t over seeds). Resumes; writes OUT/compress.md and OUT/compress.json.
