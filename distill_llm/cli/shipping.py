@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill_llm.cli.terminal import RunPath, console, plain
+from distill_llm.cli.terminal import RunPath, console, plain, progress_bars, show_next
 
 if TYPE_CHECKING:
     from distill_llm.hub.upload import Pushed
@@ -43,6 +44,32 @@ def _show_pushed(pushed: Pushed) -> None:
 
 
 @app.command()
+def export(
+    run: RunPath,
+    formats: Annotated[
+        list[str],
+        typer.Option("--format", help="such as onnx-int8; may be given several times; all: all that are here"),
+    ],
+    arm: Annotated[str, typer.Option(help="which of the run's models")] = "student",
+    examples: Annotated[int, typer.Option(min=1, help="test examples that each export is asked")] = 200,
+    force: Annotated[bool, typer.Option("--force", help="export anew what is there already")] = False,
+) -> None:
+    """Write a run's model for other runtimes; each is loaded there again and held against the student."""
+    from distill_llm.evaluation.export_report import export_notes, export_table
+    from distill_llm.pipeline.export_stage import export_model
+
+    with progress_bars() as progress:
+        reports = export_model(run, formats, arm=arm, examples=examples, force=force, progress=progress)
+    shown = console()
+    shown.print(export_table(reports))
+    for note in export_notes(reports):
+        shown.print(note, highlight=False)
+    shown.print(f"Exports: {Path(run) / 'exports' / arm}", highlight=False)
+    named = "" if arm == "student" else f" --arm {arm}"
+    show_next(f"distill-llm push {run} --exports{named} --repo-id OWNER/NAME")
+
+
+@app.command()
 def push(
     run: RunPath,
     repo_id: Annotated[str, typer.Option(help="the model's name on the Hub: owner/name")],
@@ -51,13 +78,14 @@ def push(
     licence: Annotated[str, typer.Option(help="the licence that you give the model, such as apache-2.0")] = "",
     merge: Annotated[bool, typer.Option("--merge", help="send an adapter merged into its base")] = False,
     rationales: Annotated[bool, typer.Option("--rationales", help="send the rationale data set along")] = False,
+    exports: Annotated[bool, typer.Option("--exports", help="send what `export` made along")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
 ) -> None:
     """Push a run's model, with a card that shows how it was made and scored, to the Hub in one commit."""
     from distill_llm.cli.rationales import show_uploads
     from distill_llm.pipeline.publish_model import plan_model_push, push_model
 
-    options = {"arm": arm, "licence": licence, "merge": merge, "rationales": rationales}
+    options = {"arm": arm, "licence": licence, "merge": merge, "rationales": rationales, "exports": exports}
     plan = plan_model_push(run, repo_id, **options)
     for warning in plan.warnings:
         console().print(f"[yellow]warning:[/yellow] {plain(warning)}", highlight=False, soft_wrap=True)

@@ -267,10 +267,10 @@ def load_scorecard(path: Path) -> Scorecard:
         ) from None
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of what a score depends on; nothing is imported to find them."""
+def installed_versions(further: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of what a score depends on, and of ``further`` packages; nothing is imported to find them."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "distill-llm"):
+    for name in ("torch", "transformers", "distill-llm", *further):
         try:
             found[name.replace("-", "_")] = metadata.version(name)
         except metadata.PackageNotFoundError:

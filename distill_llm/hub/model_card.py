@@ -54,7 +54,8 @@ class ModelCardFacts:
 
     ``base_model`` is on the Hub; "" for a fresh model. ``adapter``: what is sent needs that base. ``example`` is a
     prompt as the model was trained on it, ``answer`` what it writes for it; ``decoder_start``: ids that its decoder
-    reads before it writes, where that is more than a start token.
+    reads before it writes, where that is more than a start token. ``exports``: the table of other formats, where they
+    are sent along.
     """
 
     repo_id: str
@@ -79,6 +80,7 @@ class ModelCardFacts:
     max_new_tokens: int
     files: Sequence[str]
     version: str
+    exports: str = ""
 
 
 def model_card(facts: ModelCardFacts) -> str:
@@ -90,6 +92,7 @@ def model_card(facts: ModelCardFacts) -> str:
         _warnings(facts),
         _use(facts),
         _score(facts),
+        _exports(facts),
         f"## How it was made\n\n{_teachers(facts)}",
         f"### Rationales\n\n{facts.funnel}" if facts.funnel else "",
         f"### Objective\n\n{_objective(facts.terms)}",
@@ -209,6 +212,15 @@ def _score(facts: ModelCardFacts) -> str:
         "\n".join(f"- {note}" for note in score.notes),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _exports(facts: ModelCardFacts) -> str:
+    if not facts.exports:
+        return ""
+    return (
+        "## Other formats\n\nEach lies in a folder `exports/<format>` of this repository, with its tokenizer. It was "
+        f"opened in its own runtime and held against the student:\n\n{facts.exports}"
+    )
 
 
 def _teachers(facts: ModelCardFacts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ from distill_llm.core.errors import ConfigError
 from distill_llm.core.files import read_json, storage, write_text
 from distill_llm.core.quiet import quiet_libraries
 from distill_llm.core.schedule import Schedule
+from distill_llm.evaluation.export_report import export_markdown, export_notes
 from distill_llm.evaluation.scorecard import FILE_NAME, comparisons_markdown, load_scorecard, models_markdown
 from distill_llm.hub.markdown import percent, table
 from distill_llm.hub.model_card import ModelCardFacts, ScoreFacts, TeacherFacts, TermFacts, licence_warnings, model_card
 from distill_llm.models.load import count_parameters, is_adapter, load_model, read_config, read_tokenizer, revision_of
 from distill_llm.models.lora import base_of, has_bits
+from distill_llm.pipeline.export_stage import finished_exports
 from distill_llm.pipeline.publish import public_task
 from distill_llm.pipeline.rationale_stage import load_examples
 from distill_llm.pipeline.run_folder import RunFolder, open_run
@@ -51,6 +53,7 @@ def plan_model_push(
     licence: str = "",
     merge: bool = False,
     rationales: bool = False,
+    exports: bool = False,
 ) -> ModelPush:
     """Writes the card, and merged weights where they are wanted or needed, into the run's folder; sends nothing.
 
@@ -71,6 +74,10 @@ def plan_model_push(
             raise ConfigError(f"{run.root}: there is no finished rationale data set to be sent with the model.")
         sent |= {f"rationales/{path.name}": path for path in sorted(run.rationale_folder.glob("*.parquet"))}
     facts = _facts(recipe, run, arm, folder, repo_id=repo_id, licence=licence, files=sorted(sent))
+    if exports:
+        files, table_and_notes = _exported(run, arm)
+        sent |= files
+        facts = replace(facts, exports=table_and_notes)
     card = run.root / "hub" / arm / "README.md"
     write_text(card, model_card(facts))
     files = {"README.md": card, **sent}
@@ -83,6 +90,20 @@ def push_model(plan: ModelPush, *, private: bool = True) -> Pushed:
 
     name = plan.repo_id.split("/")[-1]
     return push(plan.files, repo_id=plan.repo_id, repo_type="model", private=private, message=f"Distilled {name}")
+
+
+def _exported(run: RunFolder, arm: str) -> tuple[dict[str, Path], str]:
+    """Files of the arm's exports by their path in the repository, and what the card says of them."""
+    found = finished_exports(run, arm)
+    if not found:
+        named = "" if arm == STUDENT else f" --arm {arm}"
+        raise ConfigError(
+            f"{run.root}: nothing of '{arm}' is exported yet. Type: distill-llm export {run.root} --format all{named}"
+        )
+    files = {f"exports/{folder.name}/{path.name}": path for folder, _ in found for path in sorted(folder.iterdir())}
+    reports = [report for _, report in found]
+    notes = "\n".join(f"- {note}" for note in export_notes(reports))
+    return files, f"{export_markdown(reports)}\n\n{notes}"
 
 
 def _folder_to_send(run: RunFolder, arm: str, *, merge: bool) -> Path:

@@ -145,6 +145,13 @@ class RunFolder:
     def scorecard(self) -> Path:
         return self.root / "scorecard.json"
 
+    def exports(self, arm: str) -> Path:
+        """Where an arm's model lies in the formats of other runtimes."""
+        return self.root / "exports" / arm
+
+    def export(self, arm: str, name: str) -> Path:
+        return self.exports(arm) / name
+
     @property
     def training_has_begun(self) -> bool:
         return self.models.exists() and any(self.models.iterdir())

@@ -63,7 +63,7 @@ def score(recipe: Recipe, material: Material, run: RunFolder, progress: Progress
         student=STUDENT,
         task=type(recipe.task).model_fields["kind"].default,
         metric=metric_name(recipe.task.answer_kind()),
-        hardware=_hardware(),
+        hardware=hardware(),
         created=datetime.datetime.now(datetime.UTC).date(),
         versions=installed_versions(),
         seed=recipe.seed,
@@ -215,9 +215,13 @@ def _notes(recipe: Recipe, run: RunFolder) -> list[str]:
     return notes
 
 
-def _hardware() -> str:
+def hardware() -> str:
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    return processor()
+
+
+def processor() -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
