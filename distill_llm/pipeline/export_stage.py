@@ -60,8 +60,8 @@ def export_model(
     for a format or an arm that is none, a package that is missing, and a model that a named format does not hold;
     of ``all``, such formats are left out.
     """
+    quiet_libraries()  # before anything is imported: looking for packages imports some
     chosen = chosen_formats(names)
-    quiet_libraries()
     run, recipe = open_run(run_dir)
     if arm not in run.trained_arms():
         trained = run.trained_arms()
