@@ -27,7 +27,7 @@ from distill_llm.recipe.load import load_recipe
 RECIPES = Path(__file__).parents[1] / "recipes" / "compress"
 QUANTIZED = (
     ("student", "quantized afterwards"),
-    ("student", "longer quantized"),
+    ("student", "longer quantized afterwards"),
     ("student", "full precision"),
     ("quantized afterwards", "full precision"),
 )
