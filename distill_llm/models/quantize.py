@@ -78,7 +78,9 @@ def find_layers(model: Any, spec: QuantizeSpec, *, where: str) -> Layers:
     linear = {name: part for name, part in parts.items() if type(part) is nn.Linear and part is not head}
     if spec.modules != "all_linear":
         linear = _named(linear, spec.modules, where)
-    if spec.head and not tied and type(head) is nn.Linear:
+    if spec.head and not tied:
+        if type(head) is not nn.Linear:
+            raise ConfigError(f"{where}.head: that of {type(model).__name__} is no linear layer. Remove `head`.")
         linear |= {name: part for name, part in parts.items() if part is head}
     if not linear:
         raise ConfigError(
@@ -99,9 +101,10 @@ def find_layers(model: Any, spec: QuantizeSpec, *, where: str) -> Layers:
 
 def _words_of(model: Any) -> dict[str, Any]:
     """The modules that hold the matrix of the input's words, one of which may be the head."""
-    embedding = model.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
-    return {name: part for name, part in model.named_modules() if getattr(part, "weight", None) is weight is not None}
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        return {}
+    return {name: part for name, part in model.named_modules() if getattr(part, "weight", None) is weight}
 
 
 def _named(linear: Mapping[str, nn.Module], names: tuple[str, ...], where: str) -> dict[str, nn.Module]:
