@@ -135,8 +135,8 @@ class Scheme(Component):
         return self.learners[0]
 
     def save(self, learner: str, model: Any, folder: Path) -> None:
-        """Writes a learner that ``each`` gave as a Hugging Face folder of its own; may change it, who is not trained
-        on."""
+        """Writes a learner that ``each`` gave as a Hugging Face folder of its own. Where the scheme ``converts``, the
+        model is another one afterwards."""
         from distill_llm.models.layers import without_heads
         from distill_llm.models.lora import save_bits
 

@@ -145,6 +145,7 @@ def test_what_makes_no_sense_is_refused_when_the_recipe_loads(match: str, overri
     ("match", "overrides"),
     [
         (r"scheme\.quantize\.group_size: 32 does not divide the width of 14 layers", ["scheme.quantize.group_size=32"]),
+        (r"scheme\.quantize\.head: the output head is the matrix of the embeddings", ["scheme.quantize.head=true"]),
         (r"scheme\.quantize\.modules: .*\['attention'\]", ["scheme.quantize.modules=[attention]"]),
         (
             r"scheme\.quantize: GPT2LMHeadModel has no linear layer",
