@@ -110,8 +110,8 @@ def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
         if name == "labels_same_compute":
             passes = max(1.0, steps * recipe.train.rows_per_step / max(1, len(own_rows)))
             control = _arm_of_student(recipe, name, "control", "", label, StepByStep(), steps)
-            spent = sum(arm.max_steps / steps * _row_cost(arm, rows, sizes, passes) for arm in arms[: len(stages)])
-            factor = spent / _row_cost(control, rows, sizes, passes)
+            spent = sum(arm.max_steps / steps * row_cost(arm, rows, sizes, passes) for arm in arms[: len(stages)])
+            factor = spent / row_cost(control, rows, sizes, passes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
         number = max(1, round(steps * factor))
         arms.append(_arm_of_student(recipe, name, "control", f"labels only, same {same}", label, StepByStep(), number))
@@ -175,7 +175,7 @@ def _label_term() -> Term:
     return Term(name="label", loss=CrossEntropy(), targets=("label",))
 
 
-def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
+def row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
     """Mean floating point operations of a row of the arm."""
     student = sizes.stages.get(arm.name, sizes.student) + sizes.beside.get(arm.name, 0)
     total, count = 0.0, 0
