@@ -21,8 +21,20 @@ from typing import Any
 import yaml
 
 CQA = Path("../shared/data/dss/cqa")
-T5 = {"model_type": "t5", "d_kv": 8, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "relu", "dropout_rate": 0.0}
-LLAMA = {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "relu",
+    "dropout_rate": 0.0,
+}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 WORDS = 32_768  # of a vocabulary where logits outweigh all else
 LIMIT = 0.2
 
@@ -39,22 +51,18 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     taught = {"teachers": {"big": {"kind": "frozen", "model": teacher}}, "objective": [*terms(), soft]}
     found = {
         "quickstart": recipe(
-            folder,
             student={"config": small, "tokenizer": f"{big}"},
             teachers={"big": {"kind": "frozen", "model": big}},
             objective=[*terms(), {**soft, "targets": ["label"]}],
             train={"optimizer": "adafactor", "learning_rate": 4e-2},
         ),
-        "lora": recipe(folder, student={"model": base, "lora": {"rank": 16}}),
-        "words": recipe(folder, student={"config": wide, "tokenizer": teacher}, **taught),
-        "words, whole": recipe(
-            folder, student={"config": wide, "tokenizer": teacher}, train={"chunk_tokens": 0}, **taught
-        ),
+        "lora": recipe(student={"model": base, "lora": {"rank": 16}}),
+        "words": recipe(student={"config": wide, "tokenizer": teacher}, **taught),
+        "words, whole": recipe(student={"config": wide, "tokenizer": teacher}, train={"chunk_tokens": 0}, **taught),
         "words, bfloat16": recipe(
-            folder, student={"config": wide, "tokenizer": teacher}, train={"precision": "bfloat16"}, **taught
+            student={"config": wide, "tokenizer": teacher}, train={"precision": "bfloat16"}, **taught
         ),
         "t5, 60M": recipe(
-            folder,
             student={
                 "config": {**T5, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
                 | {"vocab_size": 32_128, "dropout_rate": 0.1},
@@ -71,12 +79,10 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def terms() -> list[dict[str, Any]]:
-    return [
-        {"name": name, "loss": {"kind": "cross_entropy"}, "targets": [name]} for name in ("label", "rationale")
-    ]
+    return [{"name": name, "loss": {"kind": "cross_entropy"}, "targets": [name]} for name in ("label", "rationale")]
 
 
-def recipe(folder: Path, *, train: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+def recipe(*, train: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """Of the task `shop`, with its own rationales."""
     return {
         "task": {"kind": "shop", "train_size": 2000},
@@ -164,16 +170,22 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     everything = cases(folder)
     for number, name in enumerate(given.cases or everything):
         path = folder / f"{number}.yaml"
-        data = everything[name] | {"name": f"case-{number}", "run_dir": str(folder / str(number))}
+        data: dict[str, Any] = everything[name] | {"name": f"case-{number}", "run_dir": str(folder / str(number))}
         data["train"] = data["train"] | {"max_steps": given.steps, "validate_every": given.steps}
         path.write_text(yaml.safe_dump(data), encoding="utf-8")
         said = in_a_process("--predict", path)
-        subprocess.run([sys.executable, "-m", "distill_llm", "-q", "generate-rationales", str(path)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "distill_llm", "-q", "generate-rationales", str(path)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         found = in_a_process("--measure", path)
         lines.append(line(name, said, found))
-        print(lines[-1], {part: round(size / 2**20) for part, size in said["parts"].items()}, file=sys.stderr, flush=True)
+        print(
+            lines[-1], {part: round(size / 2**20) for part, size in said["parts"].items()}, file=sys.stderr, flush=True
+        )
     print(
-        "\n| case | peak at | predicted, MiB | measured, MiB | ratio | within 20% | seconds a step, predicted | measured |"
+        "\n| case | peak at | predicted, MiB | measured, MiB | ratio | within 20% | s a step, predicted | measured |"
         "\n|---|---|---:|---:|---:|---|---:|---:|"
     )
     print("\n".join(lines))

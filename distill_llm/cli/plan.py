@@ -45,12 +45,13 @@ def show_verdict(plan: Plan, advice: Sequence[Advice], typed: Sequence[str], con
     for one in advice:
         fits = "fits" if one.fits else "too much still"
         mark = " *" if one.changes else ""
-        console.print(f"  {short_bytes(one.peak):>8}  {fits}: {one.why}{mark}", highlight=False)
-        words = " ".join(shlex.quote(override) for override in one.overrides)
+        console.print(f"  {short_bytes(one.peak):>8}  {fits}: {one.why}{mark}", highlight=False, soft_wrap=True)
+        words = " ".join([*filter(None, [one.environment]), *map(shlex.quote, one.overrides)])
         console.print(f"            [bold]{plain(words)}[/bold]", highlight=False, soft_wrap=True)
     best = next((one for one in advice if one.fits), None)
     if best is not None:
         command = shlex.join(["distill-llm", "run", *typed, *best.overrides])
+        command = f"{best.environment} {command}".lstrip()
         console.print(f"Next: [bold]{plain(command)}[/bold]", highlight=False, soft_wrap=True)
 
 

@@ -50,11 +50,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del outer
         query, key, value, bias, _, _ = ctx.saved_tensors
-        learned = bias is not None and ctx.needs_input_grad[3]
-        return (
-            torch.empty_like(query),
-            torch.empty_like(key),
-            torch.empty_like(value),
-            torch.empty_like(bias) if learned else None,
-        )
+        learned = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), learned

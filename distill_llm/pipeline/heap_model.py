@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import platform
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
 
 Event = tuple[int, int]
 """Key and size of a tensor that is made; size -1 where it goes."""
 
-PINNED = 0.4
-"""The share of tensors behind which something small stays for the rest of a step. Found by one training (docs/log.md)."""
+PINNED, STAYS = 0.4, 400
+"""The share of tensors behind which something small stays, and for how many tensors to come: fitted to two trainings
+(docs/log.md)."""
 _SPARE = 96  # bytes more that an aligned place is looked for with: 64, and the smallest chunk
 _FIRST_THRESHOLD, _LAST_THRESHOLD = 128 * 2**10, 32 * 2**20
 _PAGE, _STEPS = 4096, 2
@@ -35,22 +37,25 @@ class Heap:
         self._ends: dict[int, int] = {}
         self._by_size: list[tuple[int, int]] = []
         self._live: dict[int, tuple[int, int]] = {}
-        self._pins: list[tuple[int, int]] = []
+        self._pins: deque[tuple[int, int]] = deque()
+        """Until which tensor something stays, and where."""
         self._asked = 0
 
     def take(self, key: int, size: int) -> None:
+        self._asked += 1
+        while self._pins and self._pins[0][0] <= self._asked:
+            self._release(self._pins.popleft()[1], _SPARE)
         if size >= self._threshold:
             need = -(-(size + _PAGE) // _PAGE) * _PAGE
             self._mapped += need
             self._live[key] = -1, need
         else:
             need = -(-(size + 16) // 16) * 16
-            self._asked += 1
             pinned = int(self._asked * PINNED) > int((self._asked - 1) * PINNED)
             start = self._place(need + _SPARE, need + _SPARE * pinned)
             self._live[key] = start, need
             if pinned:
-                self._pins.append((start + need, _SPARE))
+                self._pins.append((self._asked + STAYS, start + need))
         self._high = max(self._high, self._top)
         self.peak = max(self.peak, self._high + self._mapped)
 
@@ -69,9 +74,8 @@ class Heap:
         """All that stayed goes."""
         for key in list(self._live):
             self.give(key)
-        pins, self._pins = self._pins, []
-        for start, size in pins:
-            self._release(start, size)
+        while self._pins:
+            self._release(self._pins.popleft()[1], _SPARE)
 
     def _place(self, sought: int, taken: int) -> int:
         found = bisect_left(self._by_size, (sought, -1))

@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -142,9 +140,7 @@ def training_costs(trial: Trial, cached: Mapping[str, CachedShapes], device: str
         parameters = sum(weight.numel() for weight in model.parameters())
         whole = Work(run.flops, run.moved, run.calls)
         computes = choose_precision(recipe.train.precision, model)
-    batch = Work(
-        whole.flops - update.flops, max(0.0, whole.moved - update.moved), max(0.0, whole.calls - update.calls)
-    )
+    batch = Work(whole.flops - update.flops, max(0.0, whole.moved - update.moved), max(0.0, whole.calls - update.calls))
     return TrainingCosts(
         parameters,
         sum(weight.numel() for weight in weights),
@@ -191,14 +187,11 @@ def _give_gradients(run: DryRun, weights: Sequence[nn.Parameter]) -> None:
 
 def _unpacked(model: nn.Module) -> int:
     """Of the largest quantized weight, as it is while it is computed with."""
-    return max((weight.numel() * weight.element_size() for weight in model.parameters() if _is_packed(weight)), default=0)
+    packed = (weight for weight in model.parameters() if hasattr(weight, "stored_bytes"))
+    return max((weight.numel() * weight.element_size() for weight in packed), default=0)
 
 
-def _is_packed(weight: Tensor) -> bool:
-    return hasattr(weight, "stored_bytes")
-
-
-def _named(parts: Mapping[Kind, int]) -> dict[str, int]:
+def _named(parts: Mapping[Kind, int] | Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
@@ -282,10 +275,10 @@ def _layer_bytes(layer: Any) -> int:
 def reading_memory(spec: Frozen, rows: Sequence[Row], device: str) -> dict[str, int]:
     """Of a teacher that reads a batch of rows, and of all its logits there: as when its signals are written."""
     tokens_in, tokens_out = (max(width) for width in zip(*(widths([row]) for row in rows), strict=True))
-    options = {"where": "teachers: frozen", "dtype": spec.dtype, "load_in": spec.load_in}
 
     def make() -> Any:
-        return load_on("cpu", spec.model, spec.revision, **options)
+        where = "teachers: frozen"
+        return load_on("cpu", spec.model, spec.revision, where=where, dtype=spec.dtype, load_in=spec.load_in)
 
     costs = writing_costs(make, rows=len(rows), tokens_in=tokens_in + tokens_out, tokens_out=0, device=device)
     found = {"teachers": costs.memory.parts["weights"], "working": costs.memory.parts["working"]}

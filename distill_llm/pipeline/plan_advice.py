@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from distill_llm.core.errors import DistillError
+from distill_llm.pipeline.heap_model import VARIABLE
 from distill_llm.pipeline.planner import Ground, Plan, memories_of
 from distill_llm.schemes.on_policy import OnPolicy
 from distill_llm.teachers.base import with_members
@@ -17,18 +20,23 @@ from distill_llm.teachers.transformers import Transformers
 if TYPE_CHECKING:
     from distill_llm.recipe.recipe import Recipe
 
+_WORTH = 0.1  # of the peak, from which on the gaps are worth a word
 _FEWEST_ROWS = 1 / 64  # of those that the recipe has in a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """``peak`` in bytes, with all of ``overrides`` together; ``changes``: what is learned, or how well, may differ."""
+    """``peak`` in bytes, with all of ``overrides`` together; ``changes``: what is learned, or how well, may differ.
+
+    ``environment``: NAME=VALUE, to stand before the command.
+    """
 
     overrides: tuple[str, ...]
     why: str
     changes: bool
     peak: int
     fits: bool
+    environment: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,7 @@ class _Try:
     overrides: tuple[str, ...]
     why: str
     changes: bool = False
+    environment: str = ""
 
 
 def advise(plan: Plan, ground: Ground, load: Callable[[Sequence[str]], Recipe]) -> list[Advice]:
@@ -43,41 +52,54 @@ def advise(plan: Plan, ground: Ground, load: Callable[[Sequence[str]], Recipe]) 
     help, one upon the other, until the recipe fits. ``load`` gives the recipe with further overrides."""
     before = plan.memories.peak.total
     found: list[Advice] = []
-    for one in _tries(plan.recipe):
+    for one in (*_of_malloc(plan), *_tries(plan.recipe)):
         advice = _verified(one, ground, load, plan.limit)
         if advice is not None and advice.peak < 0.99 * before:
             found.append(advice)
     if any(one.fits for one in found) or len(found) < 2:
         return found
     together = _Try((), "all of these")
-    least = before
+    best: Advice | None = None
     for one in found:
         if _same_keys(one.overrides, together.overrides):
             continue
         together = replace(
-            together, overrides=(*together.overrides, *one.overrides), changes=together.changes or one.changes
+            together,
+            overrides=(*together.overrides, *one.overrides),
+            changes=together.changes or one.changes,
+            environment=together.environment or one.environment,
         )
         advice = _verified(together, ground, load, plan.limit)
-        if advice is not None and advice.peak < least:
-            least, best = advice.peak, advice
+        if advice is not None and advice.peak < (best.peak if best is not None else before):
+            best = advice
             if advice.fits:
-                return [*found, advice]
-    return [*found, best] if least < before else found
+                break
+    return found if best is None else [*found, best]
 
 
 def _verified(one: _Try, ground: Ground, load: Callable[[Sequence[str]], Recipe], limit: int) -> Advice | None:
     """None where the recipe could not be had so."""
+    name, _, value = one.environment.partition("=")
     try:
         recipe = load(one.overrides).resolved()
-        peak = memories_of(recipe, ground).peak.total
+        with patch.dict(os.environ, {name: value} if name else {}):
+            peak = memories_of(recipe, ground).peak.total
     except DistillError:
         return None
-    return Advice(one.overrides, one.why, one.changes, peak, peak <= limit)
+    return Advice(one.overrides, one.why, one.changes, peak, peak <= limit, one.environment)
 
 
 def _same_keys(some: Sequence[str], others: Sequence[str]) -> bool:
     keys = {other.partition("=")[0] for other in others}
     return any(one.partition("=")[0] in keys for one in some)
+
+
+def _of_malloc(plan: Plan) -> Iterator[_Try]:
+    """Blocks above 1 MiB given back at once: no gaps are left, and each costs page faults."""
+    peak = plan.memories.peak
+    if peak.parts.get("gaps between tensors", 0) * peak.processes > _WORTH * peak.total and VARIABLE not in os.environ:
+        why = "no gaps between tensors, for a slower step (docs/benchmarks.md)"
+        yield _Try((), why, environment=f"{VARIABLE}=1048576")
 
 
 def _tries(recipe: Recipe) -> Iterator[_Try]:
@@ -165,7 +187,9 @@ def _of_the_student(recipe: Recipe) -> Iterator[_Try]:
         yield _Try((lora,), "adapters are trained, the weights stay (LoRA)", changes=True)
         yield _Try((lora, "student.load_in=4bit"), "the same on weights of 4 bits (QLoRA, bitsandbytes)", changes=True)
     elif student.lora is not None and student.load_in == "full":
-        yield _Try(("student.load_in=4bit",), "weights of 4 bits below the adapters (QLoRA, bitsandbytes)", changes=True)
+        yield _Try(
+            ("student.load_in=4bit",), "weights of 4 bits below the adapters (QLoRA, bitsandbytes)", changes=True
+        )
     if train.optimizer == "adamw" and student.lora is None:
         yield _Try(("train.optimizer=adafactor",), "no two states a weight; find its learning rate", changes=True)
 
@@ -173,7 +197,3 @@ def _of_the_student(recipe: Recipe) -> Iterator[_Try]:
 def in_order(advice: Sequence[Advice]) -> list[Advice]:
     """What fits first; of it what leaves the result as it is, then the smallest change of the peak."""
     return sorted(advice, key=lambda one: (not one.fits, one.changes, -one.peak if one.fits else one.peak))
-
-
-def parts_of(parts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(parts.items(), key=lambda part: -part[1])

@@ -105,7 +105,9 @@ def _written(recipe: Recipe, row: Row) -> Row:
     """As long as a text that the student itself may write in its place."""
     longest = recipe.scheme.written_tokens(row.target)
     ids = list(row.label_ids)
-    return replace(row, label_ids=ids + ids[-1:] * (longest - len(ids))) if longest > len(ids) and not row.views else row
+    return (
+        replace(row, label_ids=ids + ids[-1:] * (longest - len(ids))) if longest > len(ids) and not row.views else row
+    )
 
 
 def largest(batches: Iterable[Sequence[int]], rows: Sequence[Row]) -> Sequence[int]:

@@ -129,7 +129,7 @@ def memories_of(recipe: Recipe, ground: Ground) -> Memories:
     recipe = _reading_alone(recipe)
     with TemporaryDirectory(dir=ground.folder) as place:
         stages = tuple(_plan_stages(recipe, ground, Path(place)))
-    writing = {voice.name or "teacher": _writing(recipe, voice, ground) for voice in _local_voices(recipe)}
+    writing = {voice.name or "teacher": _writing(voice, ground) for voice in _local_voices(recipe)}
     moments = list(_moments(recipe, ground, stages, writing))
     return Memories(stages, writing, tuple(moments))
 
@@ -224,7 +224,7 @@ def _local_voices(recipe: Recipe) -> list[Voice]:
     return [voice for voice in voices if isinstance(voice.teacher, Transformers)]
 
 
-def _writing(recipe: Recipe, voice: Voice, ground: Ground) -> WritingCosts:
+def _writing(voice: Voice, ground: Ground) -> WritingCosts:
     """Of a batch of the longest prompts of some examples."""
     from distill_llm.pipeline.memory_model import writing_costs
     from distill_llm.rationales.prompts import make_prompter
@@ -235,9 +235,8 @@ def _writing(recipe: Recipe, voice: Voice, ground: Ground) -> WritingCosts:
     longest = sorted(ground.splits.train, key=lambda example: -len(example.prompt))[:32]
     tokens = max(spec.count_tokens([prompter.render(example) for example in longest]))
     where = "rationales.teacher.model"
-    options = {"where": where, "dtype": spec.dtype, "load_in": spec.load_in}
     return writing_costs(
-        lambda: load_on("cpu", spec.model, spec.revision, **options),
+        lambda: load_on("cpu", spec.model, spec.revision, where=where, dtype=spec.dtype, load_in=spec.load_in),
         rows=spec.batch_rows,
         tokens_in=tokens,
         tokens_out=voice.sampling.max_new_tokens,
@@ -250,17 +249,17 @@ def _moments(
 ) -> Iterator[Moment]:
     base = {BASELINE: ground.baseline}
     for name, costs in writing.items():
-        yield Moment(f"{name} writes rationales", base | costs.memory.parts)
+        yield Moment(f"{name} writes rationales", {**base, **costs.memory.parts})
     yield from _caching(recipe, ground, stages)
     for stage in stages:
         trials = len(recipe.train.tune) if recipe.train.tune and stage.arm.validated else 1
         waiting = trials if len(stages) > 1 else trials * (1 + len(recipe.evaluate.controls))
         processes = min(recipe.train.workers, max(1, waiting))
-        yield Moment(f"{stage.arm.name} is trained", base | stage.costs.memory.parts, processes)
+        yield Moment(f"{stage.arm.name} is trained", {**base, **stage.costs.memory.parts}, processes)
         if stage.validation is not None:
             lasting = {name: size for name, size in stage.costs.lasting.parts.items() if name != "working"}
             beside = {name: size for name, size in stage.validation.memory.parts.items() if name != "weights"}
-            yield Moment(f"{stage.arm.name} answers validation", base | lasting | beside, processes)
+            yield Moment(f"{stage.arm.name} answers validation", {**base, **lasting, **beside}, processes)
 
 
 def _caching(recipe: Recipe, ground: Ground, stages: Sequence[StagePlan]) -> Iterator[Moment]:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from distill_llm.pipeline.memory_model import Work
 
 UTILISATION = 0.4
-"""Of the peak of a data sheet that a training reaches: what PaLM's and others' trainings report lies between a third and
-a half (Chowdhery et al. 2022, arXiv:2204.02311, table 3)."""
+"""Of the peak of a data sheet that a training reaches: large ones report between a fifth and a half (Chowdhery et al.
+2022, arXiv:2204.02311, table 3)."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """``flops`` and ``flops_bfloat16`` are a second's, in matrix products; ``moved`` bytes a second; ``call``: seconds
-    of an operation on nothing. ``memory`` is None where the machine itself is asked. ``why`` is for people."""
+    that an operation takes whatever there is to compute. ``memory`` is None where the machine itself is asked.
+    ``why`` is for people."""
 
     name: str
     flops: float
@@ -36,7 +37,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class _Sheet:
-    """TFLOPS dense with tensor cores (bfloat16; float16 where it has none) and of float32 outside of them, GB/s, GiB."""
+    """Dense TFLOPS of tensor cores (bfloat16, or float16 where it has none) and of float32 beside them; GB/s; GiB."""
 
     half: float
     single: float
@@ -73,7 +74,7 @@ def of_sheet(name: str) -> Machine:
 
 
 def measured(device: str) -> Machine:
-    """This machine, or its GPU: matrix products, copies and empty operations, about two seconds of them."""
+    """This machine, or its GPU: matrix products, sums, and steps of a very small model, about two seconds of them."""
     import torch
 
     def product(dtype: torch.dtype, size: int) -> float:
@@ -82,16 +83,40 @@ def measured(device: str) -> Machine:
 
     size = 512 if device == "cpu" else 4096
     much = torch.ones((1 << 22) if device == "cpu" else (1 << 26), device=device)
-    little = torch.ones(8, device=device)
     added = torch.empty_like(much)
     return Machine(
         name=torch.cuda.get_device_name() if device == "cuda" else "this CPU",
         flops=product(torch.float32, size),
         flops_bfloat16=product(torch.bfloat16, size),
         moved=3 * 4 * much.numel() / _fastest(lambda: torch.add(much, much, out=added), device),
-        call=_fastest(lambda: [little + little for _ in range(100)], device) / 100,
+        call=_small_step(device),
         why=f"measured now, with {torch.get_num_threads()} threads" if device == "cpu" else "measured now",
     )
+
+
+def _small_step(device: str) -> float:
+    """Seconds of an operation where there is next to nothing to compute, all that Python does around it included."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from distill_llm.models.dry_run import dry
+
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 4}
+    sizes |= {"vocab_size": 32, "decoder_start_token_id": 0}
+    config = T5Config(**sizes)
+
+    def step(model: Any, where: str) -> None:
+        ids = torch.ones(2, 4, dtype=torch.long, device=where)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    with dry() as run:
+        model = T5ForConditionalGeneration(config)
+        run.restart()
+        step(model, "cpu")
+        calls = run.calls
+    model = T5ForConditionalGeneration(config)
+    cast(Any, model).to(device)
+    return _fastest(lambda: step(model, device), device) / calls
 
 
 def _fastest(work: Callable[[], object], device: str, *, seconds: float = 0.4) -> float:
