@@ -9,7 +9,6 @@ from typing import Any
 
 from distill_llm.core.example import Example, Splits, TeacherAnswer
 from distill_llm.data.rows import Row, build_rows
-from distill_llm.models.dry_run import dry
 from distill_llm.models.load import build_student, load_tokenizer, read_tokenizer
 from distill_llm.pipeline.arms import needed_targets
 from distill_llm.pipeline.rationale_stage import Material, read_material
@@ -42,6 +41,8 @@ def plan_rows(recipe: Recipe, splits: Splits, folder: Path) -> PlanRows:
 
     ``folder`` takes the tokenizer. Raises DistillError where the recipe's own training would.
     """
+    from distill_llm.models.dry_run import dry
+
     material, source = _material(recipe, splits)
     material = transferred(recipe, material)
     run = RunFolder(recipe.folder)

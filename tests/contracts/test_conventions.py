@@ -38,11 +38,14 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/core/word_sums.py",
     f"{PACKAGE}/models/cheap_dropout.py",
     f"{PACKAGE}/models/cpu_training.py",
+    f"{PACKAGE}/models/dry_run.py",
+    f"{PACKAGE}/models/gpu_attention.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/peers.py",
     f"{PACKAGE}/models/exits.py",
     f"{PACKAGE}/models/prefix_attention.py",
+    f"{PACKAGE}/pipeline/memory_model.py",
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
