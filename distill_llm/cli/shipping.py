@@ -1,4 +1,4 @@
-"""What becomes of a finished run: pushed to the Hub, exported."""
+"""What a run will take before it begins, and what becomes of it when it is finished: pushed to the Hub, exported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill_llm.cli.terminal import RunPath, console, plain, progress_bars, show_next
+from distill_llm.cli.terminal import Overrides, RecipePath, RunPath, console, plain, progress_bars, show_next
 
 if TYPE_CHECKING:
     from distill_llm.hub.upload import Pushed
@@ -94,3 +94,38 @@ def push(
         show_uploads(plan.uploads, console())
         return
     _show_pushed(push_model(plan, private=not public))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    memory: Annotated[str, typer.Option(help="what may be taken, such as 16GiB; empty: what is free")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or a GPU by name: a100, h100, 4090, t4, l4")] = "",
+) -> None:
+    """Memory, disk, tokens and time of a recipe, before weights are loaded. Exit code 0: it fits; 1: it does not."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from distill_llm.cli.plan import show_plan, show_verdict
+    from distill_llm.core.quiet import quiet_libraries
+    from distill_llm.pipeline.place import parse_bytes, simulated_device
+    from distill_llm.pipeline.plan_advice import advise, in_order
+    from distill_llm.pipeline.planner import begin, finish
+    from distill_llm.recipe.load import load_recipe
+
+    typed = [recipe, *(overrides or [])]
+    limit = parse_bytes(memory, where="--memory") if memory else None
+    simulated_device(device)  # a wrong name is told before anything is read
+    loaded = load_recipe(recipe, overrides or []).resolved()
+    quiet_libraries()
+    with TemporaryDirectory() as folder:
+        ground, machine = begin(loaded, Path(folder), device)
+        made = finish(loaded, ground, machine, limit)
+        show_plan(made, console())
+        advice = []
+        if made.memories.peak.total > made.limit:
+            advice = in_order(advise(made, ground, lambda more: load_recipe(recipe, [*(overrides or []), *more])))
+        show_verdict(made, advice, typed, console())
+    if not made.fits:
+        raise typer.Exit(1)

@@ -42,6 +42,22 @@ def keep_layout(model: Any, *, trains: bool = False) -> None:
                 module.support_avx512bf16_for_cpu = False
 
 
+def count_in_bits(model: Any, load_in: Bits) -> Any:
+    """Notes on a model without weights what its quantized ones would take, as ``stored_bytes`` of each; not those of
+    the head, which stays as it is.
+
+    Of 4 bits: a byte for every 64 more, and four for every 256 of those.
+    """
+    from torch import nn
+
+    a_weight = {"8bit": 1.0, "4bit": 0.5 + (1 + 4 / 256) / 64}[load_in]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            weight: Any = module.weight
+            weight.stored_bytes = round(a_weight * weight.numel())
+    return model
+
+
 def size_of(weight: Any) -> Any:
     """The shape of the weights that a tensor stands for; a packed one has two of 4 bits in a byte."""
     state = getattr(weight, "quant_state", None)

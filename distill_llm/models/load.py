@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill_llm.core.errors import ConfigError
 from distill_llm.core.extras import need
 from distill_llm.core.files import file_fingerprint
-from distill_llm.models.bits import bits_config, dtype_beside, keep_layout, size_of
+from distill_llm.models.bits import bits_config, count_in_bits, dtype_beside, keep_layout, size_of
 from distill_llm.models.cut_sizes import cut_config, first_layers, sizes_after
 from distill_llm.models.fresh import auto_class, config_class, drawn, fresh_model
 from distill_llm.models.hub import from_hub
@@ -28,11 +30,23 @@ from distill_llm.models.vision import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from distill_llm.models.cut import Kept
     from distill_llm.models.picture import Painter
     from distill_llm.models.spec import Bits, StudentSpec
+
+_weightless: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """While it lasts, models are made of their configs alone; what is in their weights is not asked for."""
+    token = _weightless.set(True)
+    try:
+        yield
+    finally:
+        _weightless.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +247,8 @@ def read_config(source: str, revision: str = "main", *, where: str) -> Any:
 
 def load_model(source: str, revision: str = "main", *, where: str, dtype: str = "float32") -> Any:
     """A model with a language head, of the family that its config names; an adapter folder loads with its base."""
+    if _weightless.get():
+        return _of_config(read_config(source, revision, where=where), where, dtype)
     if is_adapter(source):
         from distill_llm.models.lora import load_with_adapter
 
@@ -244,6 +260,14 @@ def load_model(source: str, revision: str = "main", *, where: str, dtype: str = 
         return settled(model, where)
     model = from_hub(model_class.from_pretrained, source, revision, where=where, what="weights", dtype="auto")
     return settled(cast_quantized(model, dtype), where)
+
+
+def _of_config(config: Any, where: str, dtype: str) -> Any:
+    import torch
+
+    stored = getattr(config, "dtype", None) or "float32"
+    name = str(stored if dtype == "auto" else dtype).removeprefix("torch.")
+    return settled(auto_class(config).from_config(config, dtype=getattr(torch, name)), where)
 
 
 def load_on(
@@ -264,6 +288,8 @@ def load_on(
         return load_model(source, revision, where=where, dtype=dtype).to(device)
     check_bits(source, load_in, where=where)
     dtype = dtype_beside(load_in) if dtype == "auto" else dtype
+    if _weightless.get():
+        return count_in_bits(_of_config(read_config(source, revision, where=where), where, dtype), load_in)
     model_class = auto_class(read_config(source, revision, where=where))
     options = {
         "quantization_config": bits_config(load_in, computes_in or dtype),

@@ -119,8 +119,8 @@ def plan_arms(recipe: Recipe, rows: Sequence[Row], sizes: Sizes) -> list[Arm]:
             control = _arm_of_student(recipe, name, "control", "", label, StepByStep(), steps)
             paid = {stage.name for stage in on_the_way(stages)}
             trained = [arm for arm in arms[: len(stages)] if arm.name in paid and arm.max_steps]
-            spent = sum(arm.max_steps / steps * _row_cost(arm, rows, sizes, passes) for arm in trained)
-            factor = spent / _row_cost(control, rows, sizes, passes)
+            spent = sum(arm.max_steps / steps * row_cost(arm, rows, sizes, passes) for arm in trained)
+            factor = spent / row_cost(control, rows, sizes, passes)
         same = "steps" if name == "labels_same_steps" else f"compute: {factor:.2f} x the steps"
         number = max(1, round(steps * factor))
         arms.append(_arm_of_student(recipe, name, "control", f"labels only, same {same}", label, StepByStep(), number))
@@ -184,7 +184,7 @@ def _label_term() -> Term:
     return Term(name="label", loss=CrossEntropy(), targets=("label",))
 
 
-def _row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
+def row_cost(arm: Arm, rows: Sequence[Row], sizes: Sizes, passes: float) -> float:
     """Mean floating point operations of a row of the arm."""
     student = sizes.stages.get(arm.name, sizes.student) + sizes.beside.get(arm.name, 0)
     total, count = 0.0, 0

@@ -62,11 +62,11 @@ def make_plan(recipe: Recipe, material: Material, run: RunFolder) -> Plan:
         viewers=make_viewers(recipe, student, view),
     )
     check_room(recipe, rows.rows, student)
-    return Plan(plan_arms(recipe, rows.rows, _sizes(recipe, student, run)), rows)
+    return Plan(plan_arms(recipe, rows.rows, sizes_of(recipe, student, run)), rows)
 
 
-def _sizes(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
-    """``student`` is the recipe's own. Loads no further weights."""
+def sizes_of(recipe: Recipe, student: LoadedModel, run: RunFolder) -> Sizes:
+    """For the compute of all arms. ``student`` is the recipe's own. Loads no further weights."""
     size = student.num_parameters
     stages: dict[str, int] = {}
     configs: dict[str, Any] = {}

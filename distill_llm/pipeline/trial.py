@@ -74,8 +74,11 @@ def max_new_tokens(recipe: Recipe) -> int:
     return recipe.evaluate.max_new_tokens or recipe.train.max_target_tokens
 
 
-def make_trial_trainer(trial: Trial) -> DistillTrainer:
-    """The trainer of a trial, with the student as its seed draws it or its weights were."""
+def make_trial_trainer(trial: Trial, teachers: Mapping[str, TensorTeacher] | None = None) -> DistillTrainer:
+    """The trainer of a trial, with the student as its seed draws it or its weights were.
+
+    ``teachers``: those that are open already.
+    """
     from distill_llm.training.train import make_trainer
 
     recipe, student = trial.recipe, _student(trial)
@@ -83,7 +86,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
     if isinstance(recipe.scheme, OnPolicy) and recipe.scheme.hands_over(trial.arm.terms):
         return _make_trl_trainer(trial, recipe.scheme, student, spec)
     student = recipe.scheme.assemble(student, recipe.student, recipe.training_seed)
-    teachers = open_teachers(recipe, trial.arm.terms, student)
+    opened = open_teachers(recipe, trial.arm.terms, student, teachers)
     return make_trainer(
         student,
         trial.rows,
@@ -91,7 +94,7 @@ def make_trial_trainer(trial: Trial) -> DistillTrainer:
         max_steps=trial.arm.max_steps,
         scheme=recipe.scheme,
         objective=Objective(trial.arm.terms),
-        teachers=teachers,
+        teachers=opened,
         validate=_validator(trial, student),
         folder=trial.folder,
         seed=recipe.training_seed,
@@ -173,9 +176,14 @@ def _save_as_it_starts(trial: Trial) -> Trained:
     return Trained(0, 0, 0, 0.0, accuracy, recipe.scheme.learners[0], {})
 
 
-def open_teachers(recipe: Recipe, terms: Sequence[Term], student: LoadedModel) -> dict[str, TensorTeacher]:
-    """The live teachers that some term names, and those that they are made of; each is opened once."""
-    opened: dict[str, TensorTeacher] = {}
+def open_teachers(
+    recipe: Recipe, terms: Sequence[Term], student: LoadedModel, there: Mapping[str, TensorTeacher] | None = None
+) -> dict[str, TensorTeacher]:
+    """The live teachers that some term names, and those that they are made of; each is opened once.
+
+    ``there``: those that are open already.
+    """
+    opened = dict(there or {})
     for name in sorted({term.teacher for term in terms if term.teacher is not None} - recipe.scheme.provides):
         open_teacher(recipe, name, student, opened)
     objective = recipe.scheme.for_learners(Objective(terms))

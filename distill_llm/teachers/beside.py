@@ -82,6 +82,10 @@ class ModelBeside:
         return self._head
 
     @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    @property
     def _device(self) -> device:
         return next(self._model.parameters()).device
 

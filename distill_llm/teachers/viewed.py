@@ -33,13 +33,13 @@ class ViewedTeacher:
 
     def __init__(self, teacher: TensorTeacher, name: str, reader: Reader):
         assert isinstance(teacher, LazyTeacher), "all teachers with a model are"
-        self._teacher: Any = teacher
+        self.teacher: Any = teacher
         self.name, self.reader = name, reader
 
     def signals(self, batch: Batch) -> Signals:
         """What the teacher says of the counterparts of the student's supervised tokens, in row order."""
         own = batch_of_view(batch, self.name)
-        said = self._teacher.signals(own)
+        said = self.teacher.signals(own)
         labels = aligned_labels(batch)
         rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
         of_row = (aligned_labels(own) != IGNORE_INDEX).nonzero(as_tuple=True)[0]
@@ -55,7 +55,7 @@ class ViewedTeacher:
     def lazy_signals(self, batch: Batch) -> LazySignals:
         """The same, without logits yet."""
         own = batch_of_view(batch, self.name)
-        said = self._teacher.lazy_signals(own)
+        said = self.teacher.lazy_signals(own)
         tokens = tokens_of(batch)
         places, counterparts = _counterparts(batch, own["places"], tokens.rows, tokens.columns, said.tokens.rows)
         return replace(said, tokens=tokens, hidden=said.hidden[counterparts], known=places >= 0)
@@ -65,13 +65,13 @@ class MovingViewedTeacher(ViewedTeacher):
     """One that follows the student while it learns."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        self._teacher.after_step(model, step)
+        self.teacher.after_step(model, step)
 
     def state(self) -> dict[str, Tensor]:
-        return self._teacher.state()
+        return self.teacher.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._teacher.restore(state)
+        self.teacher.restore(state)
 
 
 def viewed(teacher: TensorTeacher, name: str, reader: Reader) -> ViewedTeacher:

@@ -38,6 +38,8 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/core/word_sums.py",
     f"{PACKAGE}/models/cheap_dropout.py",
     f"{PACKAGE}/models/cpu_training.py",
+    f"{PACKAGE}/models/dry_run.py",
+    f"{PACKAGE}/models/gpu_attention.py",
     f"{PACKAGE}/models/head.py",
     f"{PACKAGE}/models/layers.py",
     f"{PACKAGE}/models/peers.py",
@@ -45,6 +47,7 @@ HEAVY_FOLDERS = (
     f"{PACKAGE}/models/importance.py",
     f"{PACKAGE}/models/graphs.py",
     f"{PACKAGE}/models/prefix_attention.py",
+    f"{PACKAGE}/pipeline/memory_model.py",
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
