@@ -19,6 +19,7 @@ from distill_llm.cli import recipes, shipping
 from distill_llm.cli.terminal import Overrides, RecipePath, RunPath, be_quiet, console, plain, progress_bars, show_next
 from distill_llm.core.errors import BudgetReached, DistillError, Interrupted, TeacherError
 from distill_llm.core.processes import is_main_process, world_size
+from distill_llm.core.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from distill_llm.evaluation.scorecard import Scorecard
@@ -171,11 +172,9 @@ def sweep(
 def doctor(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Examine a recipe before hours are spent on it. Exit code 0: it may run; 1: it may not."""
     from distill_llm.cli.doctor import show_diagnosis
-    from distill_llm.core.quiet import quiet_libraries
     from distill_llm.pipeline.doctor import examine
     from distill_llm.recipe.load import load_recipe
 
-    quiet_libraries()
     diagnosis = examine(load_recipe(recipe, overrides or []))
     show_diagnosis(diagnosis, console())
     if not diagnosis.may_run:
@@ -270,6 +269,7 @@ def _options(
 ) -> None:
     del version  # its callback has shown it
     be_quiet(quiet)
+    quiet_libraries()  # before a command imports them
 
 
 def main() -> NoReturn:

@@ -108,7 +108,6 @@ def plan(
     from tempfile import TemporaryDirectory
 
     from distill_llm.cli.plan import show_plan, show_verdict
-    from distill_llm.core.quiet import quiet_libraries
     from distill_llm.pipeline.place import parse_bytes, simulated_device
     from distill_llm.pipeline.plan_advice import advise, in_order
     from distill_llm.pipeline.planner import begin, finish
@@ -118,7 +117,6 @@ def plan(
     limit = parse_bytes(memory, where="--memory") if memory else None
     simulated_device(device)  # a wrong name is told before anything is read
     loaded = load_recipe(recipe, overrides or []).resolved()
-    quiet_libraries()
     with TemporaryDirectory() as folder:
         ground, machine = begin(loaded, Path(folder), device)
         made = finish(loaded, ground, machine, limit)

@@ -80,7 +80,7 @@ def build_student(
         _set_attention(model, spec, where)
         painter = fresh_painter(spec.picture, model.config, where=where) if spec.picture else None
         return LoadedModel(model, tokenizer, painter)
-    if spec.fresh:
+    if spec.fresh or (spec.cut is not None and _weightless.get()):  # of its sizes alone
         model = drawn(student_config(spec, where=where))
     elif spec.load_in == "full":
         model = load_model(spec.model, spec.revision, where=f"{where}.model")

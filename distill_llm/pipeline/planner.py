@@ -170,6 +170,8 @@ def _plan_stages(recipe: Recipe, ground: Ground, place: Path) -> Iterator[StageP
         own = arm.recipe(recipe)
         student = _weightless(own, ground)
         there[str(run.model(arm.name))] = _leave_config(student, place / "finished" / arm.name)
+        if not arm.max_steps:
+            continue  # it is saved as it starts, which takes less than any training
         trial = Trial(
             arm,
             recipe.train.learning_rate,
