@@ -18,8 +18,8 @@ Event = tuple[int, int]
 """Key and size of a tensor that is made; size -1 where it goes."""
 
 PINNED, STAYS = 0.4, 400
-"""The share of tensors behind which something small stays, and for how many tensors to come: fitted to two trainings
-(docs/log.md)."""
+"""The share of tensors behind which something small stays, and for how many tensors to come: chosen by hand on one
+training (docs/log.md)."""
 _SPARE = 96  # bytes more that an aligned place is looked for with: 64, and the smallest chunk
 _FIRST_THRESHOLD, _LAST_THRESHOLD = 128 * 2**10, 32 * 2**20
 _PAGE, _STEPS = 4096, 2
