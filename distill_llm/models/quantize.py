@@ -135,21 +135,13 @@ def _must_divide(linear: Mapping[str, Any], spec: QuantizeSpec, where: str) -> N
     )
 
 
-class _AnyWords:
-    """Stands for a tokenizer that is not there yet, where a model's words do not matter."""
-
-    pad_token_id, eos_token_id, bos_token_id = 0, 1, None
-
-    def __len__(self) -> int:
-        return 2
-
-
 def check_layers(student: StudentSpec, spec: QuantizeSpec, *, where: str) -> None:
     """Raises ConfigError where a student's layers cannot be quantized so; loads no weights."""
     from distill_llm.models.load import weightless_student
+    from distill_llm.models.tokenizer import AnyWords
 
     check_torchao(where)
-    find_layers(weightless_student(student, _AnyWords()), spec, where=where)
+    find_layers(weightless_student(student, AnyWords()), spec, where=where)
 
 
 def check_torchao(where: str) -> None:

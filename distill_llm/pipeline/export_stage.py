@@ -25,7 +25,8 @@ from distill_llm.evaluation.predict import ask, predict_with, questions
 from distill_llm.evaluation.scorecard import installed_versions, load_scorecard
 from distill_llm.evaluation.speed import speed_of, time_singly
 from distill_llm.export.base import ALL, Answering, Format, Writer, chosen_formats
-from distill_llm.models.load import LoadedModel, is_adapter, load_model, read_config, read_tokenizer, weight_bytes
+from distill_llm.models.folder import is_adapter, weight_bytes
+from distill_llm.models.load import LoadedModel, load_model, read_config, read_tokenizer
 from distill_llm.models.lora import base_of
 from distill_llm.models.quantize import is_quantized
 from distill_llm.models.vision import read_painter

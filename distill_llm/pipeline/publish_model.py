@@ -17,7 +17,8 @@ from distill_llm.evaluation.export_report import export_markdown, export_notes
 from distill_llm.evaluation.scorecard import FILE_NAME, comparisons_markdown, load_scorecard, models_markdown
 from distill_llm.hub.markdown import code, percent, table
 from distill_llm.hub.model_card import ModelCardFacts, ScoreFacts, TeacherFacts, TermFacts, licence_warnings, model_card
-from distill_llm.models.load import count_parameters, is_adapter, load_model, read_config, read_tokenizer, revision_of
+from distill_llm.models.folder import is_adapter
+from distill_llm.models.load import count_parameters, load_model, read_config, read_tokenizer, revision_of
 from distill_llm.models.lora import base_of, has_bits
 from distill_llm.models.quantize import is_quantized
 from distill_llm.pipeline.export_stage import finished_exports

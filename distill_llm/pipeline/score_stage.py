@@ -18,8 +18,9 @@ from distill_llm.evaluation.likelihood import fit_bias
 from distill_llm.evaluation.metric import load_metric, metric_name
 from distill_llm.evaluation.predict import Predictions
 from distill_llm.evaluation.scorecard import Facts, Scorecard, build_scorecard, installed_versions, save_scorecard
+from distill_llm.models.folder import weight_bytes
 from distill_llm.models.generate import default_device
-from distill_llm.models.load import load_model, read_tokenizer, weight_bytes
+from distill_llm.models.load import load_model, read_tokenizer
 from distill_llm.models.picture import Painter
 from distill_llm.models.vision import read_painter
 from distill_llm.pipeline.avalanche_stage import avalanche_of, save_predictions

@@ -220,7 +220,8 @@ def _report(
 
 def _tried(setting: Setting, results: Mapping[str, Mapping[str, Any]]) -> Any:
     from distill_llm.evaluation.sweep_report import Tried, spread
-    from distill_llm.models.load import count_parameters, is_adapter
+    from distill_llm.models.folder import is_adapter
+    from distill_llm.models.load import count_parameters
 
     found = [results[recipe.run_dir] for recipe in setting.recipes]
     middle, deviation = spread([result["validation_accuracy"] for result in found])

@@ -84,7 +84,8 @@ class Frozen(TensorTeacherSpec):
         return is_vision(read_config(self.model, self.revision, where=self._where))
 
     def check(self) -> None:
-        from distill_llm.models.load import check_bits, check_weights, choose_device, read_config
+        from distill_llm.models.folder import check_weights
+        from distill_llm.models.load import check_bits, choose_device, read_config
         from distill_llm.models.quantize import can_be_read
 
         choose_device(self.device, where=f"{self._where}.device")

@@ -205,7 +205,8 @@ class Transformers(TextTeacherSpec):
 
     def describe(self) -> TeacherFacts:
         from distill_llm.models.card import licence_of
-        from distill_llm.models.load import count_parameters, revision_of, weight_bytes
+        from distill_llm.models.folder import weight_bytes
+        from distill_llm.models.load import count_parameters, revision_of
 
         return TeacherFacts(
             self.model,

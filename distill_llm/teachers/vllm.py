@@ -65,7 +65,8 @@ class Vllm(TextTeacherSpec):
     context_tokens: int = Field(default=0, ge=0, description="prompt and completion together; 0: the model's own")
 
     def check(self, *, chat: bool, sampling: Sampling) -> None:
-        from distill_llm.models.load import is_adapter, read_config, read_tokenizer
+        from distill_llm.models.folder import is_adapter
+        from distill_llm.models.load import read_config, read_tokenizer
 
         need("vllm", "vllm", where=_WHERE)
         config = read_config(self.model, self.revision, where=f"{_WHERE}.model")
@@ -157,7 +158,8 @@ class Vllm(TextTeacherSpec):
         return _Engine(llm, vllm.SamplingParams, tokenizer, self.context())
 
     def describe(self) -> TeacherFacts:
-        from distill_llm.models.load import count_parameters, revision_of, weight_bytes
+        from distill_llm.models.folder import weight_bytes
+        from distill_llm.models.load import count_parameters, revision_of
 
         where, is_folder = f"{_WHERE}.model", Path(self.model).expanduser().is_dir()
         return TeacherFacts(

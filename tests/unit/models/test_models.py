@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill_llm.core.errors import ConfigError
+from distill_llm.models.folder import weight_bytes
 from distill_llm.models.load import (
     LoadedModel,
     build_student,
@@ -18,7 +19,6 @@ from distill_llm.models.load import (
     load_tokenizer,
     read_tokenizer,
     revision_of,
-    weight_bytes,
 )
 from distill_llm.models.lora import add_lora
 from distill_llm.models.spec import FreshTokenizer, LoraSpec, StudentSpec

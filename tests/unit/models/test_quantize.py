@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Config, T5Config
 
 from distill_llm.core.errors import ConfigError
-from distill_llm.models.load import build_student, check_bits, count_parameters, load_model, load_on, weight_bytes
+from distill_llm.models.folder import weight_bytes
+from distill_llm.models.load import build_student, check_bits, count_parameters, load_model, load_on
 from distill_llm.models.quantize import (
     QuantizeSpec,
     as_quantized,
