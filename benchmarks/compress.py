@@ -31,7 +31,7 @@ QUANTIZED = (
     ("student", "full precision"),
     ("quantized afterwards", "full precision"),
 )
-PRUNED = (("student", "labels same steps"), ("student", "student from scratch"), ("student", "one cut"))
+PRUNED = (("student", "labels same steps"), ("student", "from scratch"), ("student", "one cut"))
 
 
 @dataclass(frozen=True)

@@ -119,3 +119,20 @@ def test_a_cut_is_the_same_on_two_processes(cli: Any, tmp_path: Path, big: str, 
         load_file(tmp_path / name / "models" / "student" / "model" / "model.safetensors") for name in ("one", "two")
     )
     assert all((mine[name] - theirs[name]).abs().max() < 2e-5 for name in mine)
+
+
+def test_zeros_in_small(cli: Any, tmp_path: Path, big: str) -> None:
+    """Two of each four weights are zero in an ordinary folder; without the scheme none is."""
+    words = ("recipes/compress/sparse-2of4.yaml", *SMALL, f"student.model={big}", f"teachers.dense.model={big}")
+    cli("run", *words)
+    models = tmp_path / "small" / "models"
+    card = load_scorecard(tmp_path / "small")
+    assert next(one for one in card.entries if one.name == "student").description.endswith(
+        "2 of 4 of linear weights zero"
+    )
+    for arm, zeros in (("student", 2), ("without_zeros", 0)):
+        weights = load_file(models / arm / "model" / "model.safetensors")
+        attention = [weight for name, weight in weights.items() if "Attention." in name and "bias" not in name]
+        assert len(attention) == 24
+        assert {int(one) for weight in attention for one in (weight == 0).view(-1, 4).sum(1)} == {zeros}
+        _model(models / arm / "model")
