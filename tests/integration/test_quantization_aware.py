@@ -67,6 +67,28 @@ def test_the_recipe_in_small(cli: Callable[..., Any], tmp_path: Path, save_tiny:
     assert "are quantized (torchao), and cannot be trained on" in " ".join(refused.split())
 
 
+def test_a_chain_down_to_sixteen_times_in_small(cli: Callable[..., Any], tmp_path: Path, save_tiny: Any) -> None:
+    save_tiny("t5", text=SHOP_WORDS, d_model=48, d_ff=96)
+    cli("run", "recipes/compress/sixteen-times.yaml", "run_dir=small", *SMALL, "train.rows_per_batch=16")
+    entries = {entry.name: entry for entry in load_scorecard(tmp_path / "small").entries}
+    assert entries.keys() == {"student", "full precision", "quantized afterwards"}
+    assert entries["student"].bytes == entries["quantized afterwards"].bytes
+    assert (entries["student"].bytes or 0) < 0.6 * (entries["full precision"].bytes or 0)
+
+
+def test_a_trained_decoder_only_model_in_small(cli: Callable[..., Any], tmp_path: Path, save_tiny: Any) -> None:
+    """Its head shares the matrix of its words, and it is its only teacher."""
+    save_tiny("llama", text=SHOP_WORDS, tie_word_embeddings=True)
+    small = [words for words in SMALL if not words.startswith(("teachers", "student"))]
+    cli("run", "recipes/compress/qat-int8-qwen.yaml", "run_dir=small", *small, "student.model=llama")
+    models = tmp_path / "small" / "models"
+    assert json.loads((models / "full_precision" / "result.json").read_text())["steps"] == 0
+    assert json.loads((models / "student" / "result.json").read_text())["steps"] == 8
+    config = json.loads((models / "student" / "model" / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert config["quantization_config"]["quant_method"] == "torchao"
+
+
 def test_a_pushed_quantized_model_answers_as_its_scorecard_says(
     cli: Callable[..., Any], shop: str, tmp_path: Path
 ) -> None:
