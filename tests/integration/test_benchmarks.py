@@ -314,3 +314,32 @@ def test_a_student_is_near_its_teacher_from_three_tenths_of_a_point_on() -> None
 
 def _right(number: int, of: int) -> list[bool]:
     return [place < number for place in range(of)]
+
+
+def test_what_quantization_costs_is_paired_by_seed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: str
+) -> None:
+    """Run in small, and with numbers of which the differences are known."""
+    compress = importlib.import_module("compress")
+    for part in compress.PARTS.values():
+        load_recipe(compress.RECIPES / f"{part.recipe}.yaml", part.overrides)
+    places = [f"teachers.big.model={teacher}", f"student.tokenizer={teacher}", "rationales={teacher: {kind: gold}}"]
+    small = [*places, "label_from=gold", "task.labelled=true", "train.max_steps=4", "train.validate_every=2"]
+    small += ["task.train_size=32", "task.validation_size=8", "task.test_size=8"]
+    compress.main([*small, "--parts", "int4", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert {"student", "quantized afterwards", "full precision"} <= set(_rows(said, "model"))
+    assert "student - longer quantized afterwards" in _rows(said, "difference")
+    models = [{"student": 0.80, "quantized afterwards": 0.70, "full precision": 0.82}]
+    models.append({"student": 0.82, "quantized afterwards": 0.76, "full precision": 0.80})
+    facts = {"bytes": 100, "parameters": 10, "examples_per_second": 5.0}
+    told = compress.tables(
+        [
+            compress.Outcome("int4", seed, {name: {"accuracy": share, **facts} for name, share in one.items()}, 9.0)
+            for seed, one in enumerate(models)
+        ]
+    )
+    rows = _rows(told, "difference")
+    assert rows["student - quantized afterwards"][0].startswith("+8.0 [")
+    assert rows["student - full precision"] == ["+0.0 [-25.4, +25.4]", "1 of 2"]
+    assert _rows(told, "model")["student"][0] == "81.0 ± 1.4"
