@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from divergences import read_options, run_all
-from schemes import paired_interval, spread
+from schemes import Job, paired_interval, spread
 
 from distill_llm.core.files import read_json, write_json
 from distill_llm.evaluation.text_tables import short_bytes, short_count
@@ -51,14 +51,6 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    part: str
-    seed: int
-    overrides: tuple[str, ...]
-    folder: Path
-
-
-@dataclass(frozen=True)
 class Outcome:
     """``models``: accuracy, bytes on disk, parameters and examples a second of each model on the scorecard."""
 
@@ -75,7 +67,7 @@ def train(job: Job) -> Outcome:
     done = job.folder / "outcome.json"
     if not done.exists():
         began = time.monotonic()
-        card = distill_llm.run(load_recipe(RECIPES / f"{PARTS[job.part].recipe}.yaml", job.overrides))
+        card = distill_llm.run(load_recipe(RECIPES / f"{PARTS[job.way].recipe}.yaml", job.overrides))
         models = {
             entry.name: {
                 "accuracy": entry.accuracy,
@@ -86,7 +78,7 @@ def train(job: Job) -> Outcome:
             for entry in card.entries
         }
         write_json(done, {"models": models, "seconds": round(time.monotonic() - began, 1)})
-    return Outcome(job.part, job.seed, **read_json(done))
+    return Outcome(job.way, job.seed, **read_json(done))
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:

@@ -7,14 +7,15 @@ import importlib
 import io
 import logging
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_llm.core.errors import DistillError, ExportError
-from distill_llm.export.base import save_words
-from distill_llm.export.graph_writer import save_facts
+from distill_llm.export.base import Answering, Format, Writer, save_words
+from distill_llm.export.graph_writer import GraphWriter, Runner, save_facts
 
 if TYPE_CHECKING:
     from distill_llm.models.load import LoadedModel
@@ -28,11 +29,24 @@ def exporters() -> Any:
     return importlib.import_module(PACKAGE)
 
 
-def why_not_traced(model: Any) -> str:
-    """Why a model, which may have no weights yet, cannot be cut into graphs; "" where it can."""
-    from distill_llm.models.graphs import why_no_graphs
+class GraphFormat(Format):
+    """A student as graphs, each in a file of its own, with a loop around them."""
 
-    return why_no_graphs(model)
+    suffix: ClassVar[str] = ""
+    """Of the files that are opened."""
+
+    def why_not(self, model: Any, tokenizer: Any) -> str:
+        from distill_llm.models.graphs import why_no_graphs
+
+        return why_no_graphs(model)
+
+    def open(self, folder: Path, answering: Answering) -> Writer:
+        paths = sorted(folder.glob(f"*{self.suffix}"))
+        return GraphWriter({path.stem: self.runner(path, answering.threads) for path in paths}, folder, answering)
+
+    @abstractmethod
+    def runner(self, path: Path, threads: int) -> Runner:
+        """One graph in the runtime, with so many threads."""
 
 
 def write_graphs(

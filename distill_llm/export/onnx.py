@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from distill_llm.export.base import Answering, Format, Writer
-from distill_llm.export.exporters import PACKAGE, exporters, why_not_traced, write_graphs
-from distill_llm.export.graph_writer import GraphWriter, inputs_of
+from distill_llm.export.exporters import PACKAGE, GraphFormat, exporters, write_graphs
+from distill_llm.export.graph_writer import Runner, inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,17 +17,15 @@ if TYPE_CHECKING:
     from distill_llm.models.load import LoadedModel
 
 
-class Onnx(Format):
+class Onnx(GraphFormat):
     """Graphs with a cache of keys and values; in int8 with weights of 8 bits, activations quantized as they come."""
 
     packages = ("onnx", "onnxscript", "onnxruntime", PACKAGE)
     runtime: ClassVar[str] = "ONNX Runtime"
     weights = ("*.onnx", "*.onnx.data")
+    suffix = ".onnx"
     kind: Literal["onnx"] = "onnx"
     variant: Literal["float32", "int8"] = "float32"
-
-    def why_not(self, model: Any, tokenizer: Any) -> str:
-        return why_not_traced(model)
 
     def write(self, student: LoadedModel, folder: Path) -> None:
         of = exporters()
@@ -36,9 +33,8 @@ class Onnx(Format):
         config = partial(of.OnnxConfig, quantizer=quantizer)
         write_graphs(student, of.OnnxExporter, config, folder, where=f"format {self.name}")
 
-    def open(self, folder: Path, answering: Answering) -> Writer:
-        runners = {path.stem: _Session(path, answering.threads) for path in sorted(folder.glob("*.onnx"))}
-        return GraphWriter(runners, folder, answering)
+    def runner(self, path: Path, threads: int) -> Runner:
+        return _Session(path, threads)
 
 
 class _Session:

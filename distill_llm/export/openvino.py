@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from distill_llm.export.base import Answering, Format, Writer
-from distill_llm.export.exporters import PACKAGE, exporters, why_not_traced, write_graphs
-from distill_llm.export.graph_writer import GraphWriter, inputs_of
+from distill_llm.export.exporters import PACKAGE, GraphFormat, exporters, write_graphs
+from distill_llm.export.graph_writer import Runner, inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,17 +17,15 @@ if TYPE_CHECKING:
     from distill_llm.models.load import LoadedModel
 
 
-class OpenVino(Format):
+class OpenVino(GraphFormat):
     """Graphs with a cache of keys and values; in float16 the weights on disk are half as large."""
 
     packages = ("openvino", PACKAGE)
     runtime: ClassVar[str] = "OpenVINO"
     weights = ("*.xml", "*.bin")
+    suffix = ".xml"
     kind: Literal["openvino"] = "openvino"
     variant: Literal["float32", "float16"] = "float32"
-
-    def why_not(self, model: Any, tokenizer: Any) -> str:
-        return why_not_traced(model)
 
     def write(self, student: LoadedModel, folder: Path) -> None:
         of = exporters()
@@ -36,9 +33,8 @@ class OpenVino(Format):
         config = partial(of.OpenVINOConfig, stateful=False, compress_to_fp16=self.variant == "float16")
         write_graphs(student, of.OpenVINOExporter, config, folder, where=f"format {self.name}")
 
-    def open(self, folder: Path, answering: Answering) -> Writer:
-        runners = {path.stem: _Compiled(path, answering.threads) for path in sorted(folder.glob("*.xml"))}
-        return GraphWriter(runners, folder, answering)
+    def runner(self, path: Path, threads: int) -> Runner:
+        return _Compiled(path, threads)
 
 
 class _Compiled:

@@ -38,6 +38,14 @@ def drawn(config: Any) -> Any:
     return model
 
 
+def weightless(config: Any) -> Any:
+    """A model of a Hugging Face config whose weights have shapes and no numbers."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
 def config_class(config: HubConfig, where: str) -> Any:
     """The config class of ``config``'s model type, all of whose keys it knows."""
     from transformers import CONFIG_MAPPING

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from distill_llm.core.errors import ExportError
-from distill_llm.models.fresh import auto_class
 from distill_llm.models.prefix import has_plain_cache
 from distill_llm.models.vision import is_vision, picture_shape
 
@@ -96,12 +95,6 @@ class DecoderOnly(nn.Module):
             logits_to_keep=1,
         )
         return {"logits": out.logits[:, -1], "present": _spread(out.past_key_values)}
-
-
-def weightless(config: Any) -> Any:
-    """A model of this config whose weights have shapes and no numbers."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
 
 
 def why_no_graphs(model: Any) -> str:

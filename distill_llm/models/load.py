@@ -15,7 +15,7 @@ from distill_llm.core.files import file_fingerprint
 from distill_llm.models.bits import bits_config, count_in_bits, dtype_beside, keep_layout, size_of
 from distill_llm.models.cut_sizes import cut_config, first_layers, sizes_after
 from distill_llm.models.folder import is_adapter
-from distill_llm.models.fresh import auto_class, config_class, drawn, fresh_model
+from distill_llm.models.fresh import auto_class, config_class, drawn, fresh_model, weightless
 from distill_llm.models.hub import from_hub
 from distill_llm.models.quantize import can_be_read, cast_quantized, is_quantized, must_learn
 from distill_llm.models.vision import (
@@ -368,9 +368,5 @@ def weights_of(source: str, revision: str = "main", *, where: str) -> str:
 
 def count_parameters(source: str, revision: str = "main", *, where: str) -> int:
     """Parameters of a model, from its config alone."""
-    import torch
-
-    config = read_config(source, revision, where=where)
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+    model = weightless(read_config(source, revision, where=where))
     return sum(weight.numel() for weight in model.parameters())

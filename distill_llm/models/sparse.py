@@ -57,7 +57,7 @@ def check_sparse(student: StudentSpec, pattern: Pattern, *, where: str) -> None:
 def keep_zeros(layers: Mapping[str, nn.Module]) -> None:
     """From now on a weight that is zero has no gradient."""
     for part in layers.values():
-        weight: Any = part.weight
+        weight = _weight(part)
         weight.register_hook(lambda gradient, weight=weight: gradient * (weight != 0))
 
 
@@ -70,8 +70,7 @@ def make_zeros(layers: Mapping[str, nn.Module], pattern: Pattern, share: float) 
 
     with torch.no_grad():
         for part in layers.values():
-            weight: Any = part.weight
-            _zero(weight, pattern, share)
+            _zero(_weight(part), pattern, share)
 
 
 def _zero(weight: Tensor, pattern: Pattern, share: float) -> None:

@@ -25,7 +25,9 @@ from distill_llm.evaluation.predict import ask, predict_with, questions
 from distill_llm.evaluation.scorecard import installed_versions, load_scorecard
 from distill_llm.evaluation.speed import speed_of, time_singly
 from distill_llm.export.base import ALL, Answering, Format, Writer, chosen_formats
+from distill_llm.export.in_torch import written_by
 from distill_llm.models.folder import is_adapter, weight_bytes
+from distill_llm.models.fresh import weightless
 from distill_llm.models.load import LoadedModel, load_model, read_config, read_tokenizer
 from distill_llm.models.lora import base_of
 from distill_llm.models.quantize import is_quantized
@@ -183,10 +185,8 @@ class _Job:
         )
 
     def _opened(self, one: Format, folder: Path) -> Writer:
-        target = self._target
-        answering = Answering(max_new_tokens(self.recipe), self._view.decoder_prefix(target), _threads())
         try:
-            return one.open(folder, answering)
+            return one.open(folder, self._answering)
         except DistillError:
             raise
         except Exception as error:  # whatever a runtime raises
@@ -200,14 +200,8 @@ class _Job:
             found = Answers.model_validate(read_json(path))
             if found.made_of == made_of:
                 return found
-        from distill_llm.models.generate import Generator
-
-        asked = {
-            "max_new_tokens": max_new_tokens(self.recipe),
-            "decoder_prefix": self._view.decoder_prefix(self._target),
-        }
-        generator = Generator(self._student.model, self._student.tokenizer, **asked)
-        answers = self._ask(generator, "student", made_of, weight_bytes(self._folder))
+        writer = written_by(self._student.model, self._student.tokenizer, self._answering)
+        answers = self._ask(writer, "student", made_of, weight_bytes(self._folder))
         write_json(path, answers.model_dump(mode="json"))
         return answers
 
@@ -244,6 +238,10 @@ class _Job:
     def _target(self) -> Target:
         return read_json(self.run.result(self.arm))["target"]
 
+    @property
+    def _answering(self) -> Answering:
+        return Answering(max_new_tokens(self.recipe), self._view.decoder_prefix(self._target), _threads())
+
     @cached_property
     def _weights(self) -> str:
         return weights_of_arm(self.run, self.arm)
@@ -269,8 +267,6 @@ class _Job:
                 f"{self._where}: its weights are torchao's integers already, which no other format takes. Export the "
                 "arm that it was made from."
             )
-        from distill_llm.models.graphs import weightless
-
         return weightless(config)
 
     @cached_property

@@ -14,6 +14,7 @@ from distill_llm.models.peers import members_of
 from distill_llm.objective import Objective
 from distill_llm.pipeline.cache_stage import missing_rows, plan_caches
 from distill_llm.pipeline.diagnosis import Diagnosis, TermFacts
+from distill_llm.pipeline.place import peak_bytes
 from distill_llm.pipeline.trial import open_teachers
 from distill_llm.recipe.recipe import Recipe
 
@@ -174,22 +175,14 @@ def _memory(recipe: Recipe, student: LoadedModel, teachers: Mapping[str, Any], b
     on_gpu = student.model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before = _peak_bytes()
+    before = peak_bytes()
     loss, _ = _loss(recipe, objective, student, teachers, batch, objective.counts(batch))
     loss.backward()
     student.model.zero_grad(set_to_none=True)
     if on_gpu:
         return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB on the GPU, weights and teachers included"
-    more = _peak_bytes() - before
-    return f"{_peak_bytes() / 2**20:,.0f} MiB at most in this process, {more / 2**20:,.0f} MiB of it for this pass"
-
-
-def _peak_bytes() -> int:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    more = peak_bytes() - before
+    return f"{peak_bytes() / 2**20:,.0f} MiB at most in this process, {more / 2**20:,.0f} MiB of it for this pass"
 
 
 def _marked(batch: Batch, number: int, row: Row, tokenizer: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +12,7 @@ from distill_llm.core.progress import Progress
 from distill_llm.evaluation.text_tables import short_bytes, short_count
 from distill_llm.models.load import read_config, read_tokenizer, weightless_student
 from distill_llm.pipeline.arms import Arm
+from distill_llm.pipeline.place import free_disk
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.frozen import Frozen
@@ -93,8 +93,7 @@ def summary_of(needs: Sequence[Needs], folder: Path) -> tuple[str, bool]:
     """All stages in one line, and whether the disk under ``folder`` has room for them."""
     disk = sum(one.disk for one in needs) + max(one.checkpoints for one in needs)
     memory = max(one.training + one.beside for one in needs)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = free_disk(folder)
     room = "of" if disk <= free else "MORE THAN the"
     said = (
         f"{len(needs)} stages, one after the other: at most {short_bytes(disk)} {room} {short_bytes(free)} that are "

@@ -101,6 +101,11 @@ def process_bytes() -> int:
     path = Path("/proc/self/statm")
     if path.exists():
         return int(path.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_llm.models.load import build_student, count_parameters, read_config, read_tokenizer
+from distill_llm.models.load import count_parameters, read_config, read_tokenizer
 from distill_llm.pipeline.needs import needs_of_stages
 from distill_llm.pipeline.plan_teachers import cached_shapes, head_bytes
 from distill_llm.teachers.frozen import Frozen
@@ -14,7 +14,6 @@ from distill_llm.teachers.transformers import Transformers
 
 if TYPE_CHECKING:
     from distill_llm.pipeline.plan_rows import PlanRows
-    from distill_llm.pipeline.planner import Memories
     from distill_llm.pipeline.preview import Preview
     from distill_llm.recipe.recipe import Recipe
 
@@ -22,7 +21,7 @@ _A_TOKEN = 4.5  # bytes of a text, roughly
 _COPIES = 3  # of a completion: in the journal, which has more about it, and in the data set
 
 
-def disk_of(recipe: Recipe, rows: PlanRows, memories: Memories, preview: Preview | None) -> dict[str, int]:
+def disk_of(recipe: Recipe, rows: PlanRows, preview: Preview | None) -> dict[str, int]:
     """Bytes by what lies there; what is there already is counted too."""
     needs = needs_of_stages(recipe, read_tokenizer(str(rows.folder), where="student.tokenizer"))
     further = len(recipe.evaluate.ablations) + len(recipe.evaluate.controls)
@@ -33,16 +32,11 @@ def disk_of(recipe: Recipe, rows: PlanRows, memories: Memories, preview: Preview
         "rationales": _rationales(preview),
         "downloads": sum(_downloads(recipe).values()),
     }
-    del memories
     return {name: size for name, size in found.items() if size}
 
 
 def _signals(recipe: Recipe, rows: PlanRows) -> int:
-    from distill_llm.models.dry_run import dry
-
-    with dry():
-        student = build_student(recipe.student, rows.tokenizer)
-    shapes = cached_shapes(recipe, rows.rows, student).values()
+    shapes = cached_shapes(recipe, rows.rows, rows.tokenizer).values()
     return round(sum(rows.times * one.num_bytes + head_bytes(one) for one in shapes))
 
 

@@ -11,7 +11,7 @@ from distill_llm.cache.last_hidden import LastHidden
 from distill_llm.cache.payload import Payload, Said
 from distill_llm.cache.top_k import TopK
 from distill_llm.core.schedule import Schedule
-from distill_llm.models.load import LoadedModel, count_parameters, load_model, read_config
+from distill_llm.models.load import load_model, read_config
 from distill_llm.pipeline.views import targets_asked
 from distill_llm.recipe.recipe import Recipe
 from distill_llm.teachers.cached import Cached, CachedHidden, CachedWords
@@ -68,9 +68,10 @@ class CachedShapes:
         return CachedHidden(shards, self.payload, head)
 
 
-def cached_shapes(recipe: Recipe, rows: Sequence[Row], student: LoadedModel) -> dict[str, CachedShapes]:
-    """Of each teacher that is asked once and named by some term, by name. Outside of a dry run."""
-    width = max(student.tokenizer.get_vocab().values()) + 1
+def cached_shapes(recipe: Recipe, rows: Sequence[Row], tokenizer: Any) -> dict[str, CachedShapes]:
+    """Of each teacher that is asked once and named by some term, by name. ``tokenizer``: the student's. Outside of a
+    dry run."""
+    width = max(tokenizer.get_vocab().values()) + 1
     found = {}
     for name, spec in recipe.teachers.items():
         targets = targets_asked(recipe, name)
@@ -123,7 +124,3 @@ def head_bytes(shapes: CachedShapes) -> int:
     config = read_config(*shapes.head, where="teachers: cached")
     stored = str(getattr(config, "dtype", None) or "float32")
     return shapes.width * _hidden_size(*shapes.head) * (4 if "32" in stored else 2)
-
-
-def parameters_of_teacher(model: str, revision: str) -> int:
-    return count_parameters(model, revision, where="teachers")

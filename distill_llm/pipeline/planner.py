@@ -14,7 +14,7 @@ from distill_llm.models.load import build_student, load_on
 from distill_llm.pipeline.arms import Arm, plan_arms
 from distill_llm.pipeline.plan_disk import disk_of
 from distill_llm.pipeline.plan_rows import PlanRows, plan_rows, widths
-from distill_llm.pipeline.plan_teachers import CachedShapes, cached_shapes
+from distill_llm.pipeline.plan_teachers import cached_shapes
 from distill_llm.pipeline.rationale_stage import check
 from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.student_stage import sizes_of
@@ -181,7 +181,7 @@ def _plan_stages(recipe: Recipe, ground: Ground, place: Path) -> Iterator[StageP
             ground.rows.folder,
             place / arm.name,
         )
-        costs = training_costs(trial, _cached(own, ground, student), ground.device)
+        costs = training_costs(trial, cached_shapes(own, ground.rows.rows, ground.rows.tokenizer), ground.device)
         validation = None
         if arm.validated and labelled and student.painter is None:
             longest = max(widths([row])[0] for row in trial.rows)
@@ -215,10 +215,6 @@ def _leave_config(student: LoadedModel, folder: Path) -> str:
     inner.config.save_pretrained(str(folder))
     student.tokenizer.save_pretrained(str(folder))
     return str(folder)
-
-
-def _cached(recipe: Recipe, ground: Ground, student: LoadedModel) -> dict[str, CachedShapes]:
-    return cached_shapes(recipe, ground.rows.rows, student)
 
 
 def _local_voices(recipe: Recipe) -> list[Voice]:
@@ -317,7 +313,7 @@ def finish(recipe: Recipe, ground: Ground, machine: Machine, memory: int | None)
         said,
         ground.rows,
         memories,
-        disk_of(recipe, ground.rows, memories, preview),
+        disk_of(recipe, ground.rows, preview),
         free_disk(recipe.folder),
         preview,
         seconds_of(recipe, ground.rows, memories, preview, machine),

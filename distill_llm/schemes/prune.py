@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from distill_llm.models.cut_spec import Cut
 from distill_llm.models.spec import StudentSpec
 from distill_llm.schemes.base import Scheme
-from distill_llm.schemes.stages import STUDENT, Sections, Stage, describe
+from distill_llm.schemes.stages import STUDENT, Sections, Stage, begun_by, describe
 from distill_llm.schemes.step_by_step import StepByStep
 
 
@@ -59,7 +59,7 @@ class Prune(Scheme):
         stages = []
         for number, name in enumerate(names):
             before = names[number - 1] if number else ""
-            student = sections.student if not before else _begun(sections, before)
+            student = sections.student if not before else begun_by(sections.student, sections.model_of(before))
             step = self.steps[number] if self.steps else cut
             share = 1.0 if self.cuts == 1 else self.recovery_share / (self.cuts - 1)
             stages.append(
@@ -104,9 +104,3 @@ def _checked(sections: Sections) -> Cut:
             "number"
         )
     return student.cut
-
-
-def _begun(sections: Sections, stage: str) -> StudentSpec:
-    """The student, made of what an earlier stage left."""
-    tokenizer = sections.student.tokenizer or sections.student.model
-    return sections.student.whole(model=sections.model_of(stage), revision="main", tokenizer=tokenizer)

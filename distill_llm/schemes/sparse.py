@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -74,7 +73,7 @@ class Sparse(Scheme):
         return student
 
     def each(self, model: Any) -> Iterator[tuple[str, Any]]:
-        """With all zeros, before they have come too: validation chooses among what is left in the end."""
+        """With all zeros, before they have come too: validation chooses among what is saved in the end."""
         from distill_llm.models.sparse import with_zeros
 
         with with_zeros(self._layers(model), self.pattern, self._share(1.0)):
@@ -86,12 +85,6 @@ class Sparse(Scheme):
         there = 1.0 if moment.progress >= self.until else moment.progress / self.until
         make_zeros(self._layers(model), self.pattern, self._share(there))
         return batches
-
-    def save(self, learner: str, model: Any, folder: Path) -> None:
-        from distill_llm.models.sparse import make_zeros
-
-        make_zeros(self._layers(model), self.pattern, self._share(1.0))
-        super().save(learner, model, folder)
 
     def _share(self, there: float) -> float:
         """Of weights, or of groups of four, when zeros have come a part ``there`` of their way."""

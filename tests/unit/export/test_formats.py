@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from distill_llm.core.errors import ConfigError
 from distill_llm.export.base import Answering, chosen_formats, formats
+from distill_llm.models.fresh import weightless
 from distill_llm.models.generate import Generator
-from distill_llm.models.graphs import weightless
 from tests.conftest import LLAMA_SIZES, build_tiny
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import torch
 from distill_llm.core.errors import ExportError
 from distill_llm.export.base import Answering, save_words
 from distill_llm.export.graph_writer import GraphWriter, save_facts
+from distill_llm.models.fresh import weightless
 from distill_llm.models.generate import Generator
-from distill_llm.models.graphs import Graph, graphs_of, weightless, why_no_graphs
+from distill_llm.models.graphs import Graph, graphs_of, why_no_graphs
 from tests.conftest import build_tiny
 
 if TYPE_CHECKING:
