@@ -171,6 +171,11 @@ WORDS = (
     "predict explain reason : the answer is a b c d e f g h who pays more what costs 0 1 2 3 4 5 6 7 8 9 "
     "ann bob + - * = . , ? ( ) and so because then"
 )
+SHOP_WORDS = (
+    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
+    + " ".join(map(str, range(41)))
+)
+"""Words that the generated task `shop` is written in, prefixes included."""
 T5_SIZES: dict[str, Any] = {
     "model_type": "t5",
     "d_model": 16,

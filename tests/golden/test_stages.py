@@ -21,6 +21,7 @@ from distill_llm.recipe.train import TrainSpec
 from distill_llm.teachers.ensemble import EnsembleTeacher
 from distill_llm.teachers.frozen import FrozenTeacher
 from distill_llm.training.train import fit, make_trainer
+from tests.conftest import SHOP_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,10 +34,6 @@ SIZES = {
     "num_attention_heads: 4}",
 }
 WIDER = {"t5": "{d_ff: 48}", "llama": "{intermediate_size: 48}"}
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 YAML = """
 name: tiny
 task: {kind: shop, products: 20, train_size: 16, validation_size: 2, test_size: 2}

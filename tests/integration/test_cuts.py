@@ -14,13 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from distill_llm.evaluation.scorecard import load_scorecard
+from tests.conftest import SHOP_WORDS
 
 pytestmark = pytest.mark.slow
 
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 SMALL = (
     "train.max_steps=4",
     "train.validate_every=2",

@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 
 from distill_llm.evaluation.scorecard import load_scorecard
+from tests.conftest import SHOP_WORDS
 from tests.hub_server import TOKEN, HubServer
 
 pytestmark = pytest.mark.slow
 
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 SMALL = (
     "train.max_steps=8",
     "train.validate_every=2",

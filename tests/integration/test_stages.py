@@ -15,13 +15,10 @@ from typing import Any
 import pytest
 
 from distill_llm.evaluation.scorecard import load_scorecard
+from tests.conftest import SHOP_WORDS
 
 pytestmark = pytest.mark.slow
 
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 CHAIN = """
 teachers: {big: {kind: frozen, model: t5}}
 scheme:

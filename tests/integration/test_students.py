@@ -11,12 +11,9 @@ import pytest
 
 from distill_llm.evaluation.scorecard import load_scorecard
 from distill_llm.rationales.dataset import read_rows
+from tests.conftest import SHOP_WORDS
 
 pytestmark = pytest.mark.slow
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 
 
 def test_adapters_on_a_decoder_only_model_that_reasons(

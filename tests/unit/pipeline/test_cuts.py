@@ -21,11 +21,8 @@ from distill_llm.pipeline.run_folder import RunFolder
 from distill_llm.pipeline.student_stage import train_arms
 from distill_llm.recipe.load import parse_yaml, recipe_from
 from distill_llm.recipe.recipe import Recipe
+from tests.conftest import SHOP_WORDS
 
-SHOP_WORDS = (
-    "predict explain reason : so ann bob carl dora emil fay gus hana buys and . who pays more ? + = > < "
-    + " ".join(map(str, range(41)))
-)
 YAML = """
 name: tiny
 task: {kind: shop, products: 20, train_size: 24, validation_size: 4, test_size: 4}
